@@ -1,0 +1,33 @@
+# The two commands are `make demo` and `make test`; each does all the set-up it needs.
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## make .venv: the pinned requirements and this package
+	@sh scripts/install requirements.txt
+
+install-dev: ## the same, with what the checks and the tests need
+	@sh scripts/install requirements-dev.txt
+
+demo: install ## the whole stack on this machine with a simulated fleet
+	@$(BIN)/sensor-pipeline up $(ARGS)
+
+lint: install-dev ## format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint ## lint, the definitions, and every test against a real Kafka and a real PostgreSQL
+	$(BIN)/dagster definitions validate
+	$(BIN)/pytest $(ARGS)
+
+requirements: install-dev ## pin the direct dependencies of pyproject.toml anew (needs uv)
+	uv pip compile $(COMPILE) --upgrade --all-extras pyproject.toml -o requirements-dev.txt
+	uv pip compile $(COMPILE) --extra embedded --extra build -c requirements-dev.txt pyproject.toml -o requirements.txt
+
+COMPILE := --quiet --universal --generate-hashes --no-header --no-emit-index-url \
+	--index-strategy unsafe-best-match --python-version 3.11
+
+.PHONY: help install install-dev demo lint test requirements

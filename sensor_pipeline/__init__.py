@@ -1,0 +1,1 @@
+"""Machine-sensor readings from Kafka to PostgreSQL, effectively once, in Dagster micro-batches."""

@@ -1,0 +1,212 @@
+"""Every setting: its environment variable, its default, and what it may be.
+
+Read once, at the start, by the definitions and the command line; everything else gets values as arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Literal, TypeVar
+from zoneinfo import ZoneInfo
+
+from sensor_pipeline.errors import ConfigurationError
+
+KAFKA_CLIENT_PREFIX = "KAFKA_CLIENT_"
+
+# The daemon looks at a sensor at best this often, whatever the sensor asks for.
+DAEMON_TICK_SECONDS = 5
+
+# At most this many batches of a lane are launched and not yet ended.
+BATCHES_IN_FLIGHT = 2
+
+# librdkafka properties that carry a guarantee; the pipeline sets them itself.
+_RESERVED_PROPERTIES = {
+    "bootstrap.servers": "set KAFKA_BOOTSTRAP_SERVERS",
+    "metadata.broker.list": "set KAFKA_BOOTSTRAP_SERVERS",
+    "group.id": "set KAFKA_GROUP_ID",
+    "enable.auto.commit": "offsets are committed after the database, never on a timer",
+    "enable.auto.offset.store": "offsets are committed after the database, never on a timer",
+    "auto.offset.reset": "offsets are never reset; see START_FROM",
+    "isolation.level": "the pipeline reads committed records only",
+    "enable.partition.eof": "the pipeline needs it on",
+}
+
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|seconds?|min|minutes?|h|hours?|d|days?|w|weeks?)")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+StartFrom = Literal["earliest", "latest", "group"] | datetime
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Validated settings. `from_env` makes them; secrets are left out of `repr`."""
+
+    kafka_bootstrap_servers: str = "localhost:9092"
+    kafka_topics: tuple[str, ...] = ("machine.sensor.readings",)
+    kafka_group_id: str = "sensor-consumer-group"
+    kafka_client: Mapping[str, str] = field(default_factory=dict, repr=False)
+    postgres_host: str = "localhost"
+    postgres_port: int = 5432
+    postgres_user: str = "sensor_user"
+    postgres_password: str = field(default="sensor_password", repr=False)
+    postgres_db: str = "sensor_data"
+    postgres_sslmode: str | None = None
+    batch_size: int = 250_000
+    commit_interval_ms: int = 5_000
+    lanes: int = 1
+    start_from: StartFrom = "earliest"
+    max_future: timedelta = timedelta(days=1)
+    max_message_bytes: int = 1_048_576
+    naive_timestamp_tz: ZoneInfo = ZoneInfo("UTC")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Settings:
+        """Settings from environment variables; one that is unset or blank takes its default.
+
+        Raises:
+            ConfigurationError: naming every variable that is wrong, what it was (never a secret) and what
+                it may be.
+        """
+        problems: list[str] = []
+        values: dict[str, object] = {}
+        for name, (attribute, parse) in _VARIABLES.items():
+            text = env.get(name, "").strip() if parse is not _secret else env.get(name, "")
+            if not text:
+                continue
+            try:
+                values[attribute] = parse(text)
+            except ValueError as error:
+                problems.append(f"{name}={text!r}: {error}")
+        values["kafka_client"] = _client_properties(env, problems)
+        if problems:
+            raise ConfigurationError("wrong setting: " + "; ".join(problems))
+        return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def interval_seconds(self) -> float:
+        """Seconds between two looks at the backlog, as the daemon can keep them."""
+        return max(DAEMON_TICK_SECONDS, self.commit_interval_ms / 1000)
+
+    @property
+    def most_readings_per_second(self) -> float:
+        """What the settings allow at most over all lanes, however fast the servers are."""
+        return self.lanes * BATCHES_IN_FLIGHT * self.batch_size / self.interval_seconds
+
+    def capacity_note(self) -> str:
+        """One sentence on what `BATCH_SIZE`, `LANES` and `COMMIT_INTERVAL_MS` allow at most."""
+        return (
+            f"BATCH_SIZE={self.batch_size}, LANES={self.lanes} and COMMIT_INTERVAL_MS="
+            f"{self.commit_interval_ms} allow at most {self.most_readings_per_second:,.0f} readings/s"
+        )
+
+
+def parse_duration(text: str) -> timedelta:
+    """A duration such as `90 s`, `30min`, `12 h`, `1 day` or `2w`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise ValueError("must be a duration such as 30s, 15min, 12h, 1 day or 2w")
+    try:
+        return timedelta(seconds=float(match[1]) * _UNIT_SECONDS[match[2][0]])
+    except OverflowError:
+        raise ValueError("must be a duration of at most 999999999 days") from None
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _text(text: str) -> str:
+    return text
+
+
+def _secret(text: str) -> str:
+    return text
+
+
+def _topics(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    bad = [name for name in names if not _TOPIC.fullmatch(name) or name in {".", ".."}]
+    if bad or not names:
+        raise ValueError(
+            "must be topic names, comma-separated, each of at most 249 letters, digits, '.', '_' or '-'"
+        )
+    return names
+
+
+def _servers(text: str) -> str:
+    for server in text.split(","):
+        host, _, port = server.strip().rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("must be host:port, comma-separated for several")
+    return text
+
+
+def _sslmode(text: str) -> str:
+    if text not in _SSL_MODES:
+        raise ValueError("must be one of " + ", ".join(_SSL_MODES))
+    return text
+
+
+def _start_from(text: str) -> StartFrom:
+    if text in ("earliest", "latest", "group"):
+        return text  # type: ignore[return-value]
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("must be earliest, latest, group or an ISO 8601 timestamp") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _zone(text: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(text)
+    except (KeyError, ValueError, OSError):
+        raise ValueError("must be a time zone of the IANA database, such as UTC or Europe/Berlin") from None
+
+
+_VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
+    "KAFKA_BOOTSTRAP_SERVERS": ("kafka_bootstrap_servers", _servers),
+    "KAFKA_TOPIC": ("kafka_topics", _topics),
+    "KAFKA_GROUP_ID": ("kafka_group_id", _text),
+    "POSTGRES_HOST": ("postgres_host", _text),
+    "POSTGRES_PORT": ("postgres_port", _whole(1, 65535)),
+    "POSTGRES_USER": ("postgres_user", _text),
+    "POSTGRES_PASSWORD": ("postgres_password", _secret),
+    "POSTGRES_DB": ("postgres_db", _text),
+    "POSTGRES_SSLMODE": ("postgres_sslmode", _sslmode),
+    "BATCH_SIZE": ("batch_size", _whole(1, 10_000_000)),
+    "COMMIT_INTERVAL_MS": ("commit_interval_ms", _whole(1, 86_400_000)),
+    "LANES": ("lanes", _whole(1, 1024)),
+    "START_FROM": ("start_from", _start_from),
+    "MAX_FUTURE": ("max_future", parse_duration),
+    "MAX_MESSAGE_BYTES": ("max_message_bytes", _whole(1, 100_000_000)),
+    "NAIVE_TIMESTAMP_TZ": ("naive_timestamp_tz", _zone),
+}
+
+
+def _client_properties(env: Mapping[str, str], problems: list[str]) -> dict[str, str]:
+    """`KAFKA_CLIENT_SECURITY_PROTOCOL` → `security.protocol`; whether librdkafka knows it, the client says."""
+    properties = {}
+    for name, value in sorted(env.items()):
+        if not name.startswith(KAFKA_CLIENT_PREFIX) or not value:
+            continue
+        key = name.removeprefix(KAFKA_CLIENT_PREFIX).lower().replace("_", ".")
+        if key in _RESERVED_PROPERTIES:
+            problems.append(f"{name}: may not be set here ({_RESERVED_PROPERTIES[key]})")
+        properties[key] = value
+    return properties
