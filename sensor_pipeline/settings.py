@@ -63,7 +63,7 @@ class Settings:
     start_from: StartFrom = "earliest"
     max_future: timedelta = timedelta(days=1)
     max_message_bytes: int = 1_048_576
-    naive_timestamp_tz: ZoneInfo = ZoneInfo("UTC")
+    naive_timestamp_tz: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -142,9 +142,7 @@ def _topics(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     bad = [name for name in names if not _TOPIC.fullmatch(name) or name in {".", ".."}]
     if bad or not names:
-        raise ValueError(
-            "must be topic names, comma-separated, each of at most 249 letters, digits, '.', '_' or '-'"
-        )
+        raise ValueError("must be topic names, comma-separated, each of at most 249 letters, digits, '.', '_' or '-'")
     return names
 
 

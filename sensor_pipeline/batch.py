@@ -1,0 +1,155 @@
+"""One batch from Kafka to PostgreSQL, in the order that makes it durable. No Dagster.
+
+1. `drain`: ask the ledger what is left of the batch, read that from Kafka, decode it
+2. `detect`: sort it into event-time order and find where failures start and end
+3. `write`: all of it and the ledger in one transaction of PostgreSQL
+4. `commit`: only then mirror the ledger to the consumer group's offsets
+
+Whatever ends a batch early, running it again brings everything to the same end: what the ledger holds is done,
+and what it does not hold was not written.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pandas as pd
+
+from sensor_pipeline.backlog import register_topic
+from sensor_pipeline.drained import Drained, FrameBuilder, Records
+from sensor_pipeline.errors import UnavailableError
+from sensor_pipeline.failures import detect
+from sensor_pipeline.kafka import Kafka
+from sensor_pipeline.messages import MessageDecoder
+from sensor_pipeline.offsets import Batch, OffsetRange, contiguous_prefix, subtract
+from sensor_pipeline.postgres import ledger
+from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.transaction import Origin, Written, write
+from sensor_pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# A deadlock, a lock not had in time, a restarting server: the pauses before the write is tried again, in seconds.
+RETRY_PAUSES = (0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage, for the batch log and the run's page."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's duration to the stage's."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
+
+
+class Pipeline:
+    """What a batch needs, whoever runs it: Dagster's ops, `catch-up`, a test.
+
+    Args:
+        settings: validated settings.
+        sleep: how to wait between two tries of the write.
+    """
+
+    def __init__(self, settings: Settings, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.settings = settings
+        self.kafka = Kafka(settings)
+        self.database = Database(settings)
+        self._decoder = MessageDecoder(settings.max_future, settings.naive_timestamp_tz, settings.max_message_bytes)
+        self._sleep = sleep
+
+    def run(self, batch: Batch, *, dagster_run_id: str | None = None) -> Written:
+        """All four steps."""
+        stopwatch = Stopwatch()
+        started_at = datetime.now(UTC)
+        with stopwatch.stage("drain"):
+            drained = self.drain(batch)
+        with stopwatch.stage("detect"):
+            detected = self.detect(drained)
+        written = self.write(batch, drained, detected, Origin(started_at, dagster_run_id, stopwatch.seconds))
+        self.commit(batch)
+        return written
+
+    def drain(self, batch: Batch) -> Drained:
+        """Read what the ledger does not hold of the batch; nothing is read where it holds all.
+
+        Raises:
+            GapError: Kafka no longer has offsets that the ledger does not hold.
+            TopicReplacedError: the topic is not the one that the batch was planned for.
+        """
+        todo = self._not_ingested(batch)
+        builder = FrameBuilder()
+        no_record: list[OffsetRange] = []
+        if todo:
+            for part in self.kafka.drain(batch, todo):
+                if isinstance(part, Records):
+                    builder.add(part, self._decoder.decode(part.value, part.timestamp_ms))
+                else:
+                    no_record = part
+        return Drained(builder.frame(), tuple(builder.rejected), tuple(no_record))
+
+    def detect(self, drained: Drained) -> pd.DataFrame:
+        """The drained readings in event-time order, with the places where failures start and end."""
+        return detect(drained.readings)
+
+    def write(self, batch: Batch, drained: Drained, detected: pd.DataFrame, origin: Origin) -> Written:
+        """Write the batch in one transaction; where the database was only busy or away, try again.
+
+        A connection lost during the commit leaves open whether it happened: the next try asks the ledger.
+        """
+        for pause in (*RETRY_PAUSES, None):
+            try:
+                return write(self.database, batch, drained, detected, origin)
+            except UnavailableError as error:
+                if pause is None:
+                    raise
+                log.warning("batch %s: %s (next try in %s s)", batch, error, pause)
+                self._sleep(pause)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def commit(self, batch: Batch) -> dict[int, int]:
+        """Mirror the ledger's contiguous prefix to the group, for the batch's partitions; returns the offsets.
+
+        Another batch may commit the same partitions at the same time and be overtaken here, so it is repeated
+        until the ledger stayed as it was committed.
+        """
+        committed: dict[int, int] = {}
+        while (offsets := self._prefixes(batch)) != committed:
+            self.kafka.commit_offsets(batch.topic, offsets)
+            committed = offsets
+        return committed
+
+    def _not_ingested(self, batch: Batch) -> list[OffsetRange]:
+        """For each partition one range that holds all that is left; what lies between may be ingested already."""
+        with self.database.begin() as connection:
+            self.database.check_schema(connection)
+            topic = ledger.find_topic(connection, batch.kafka_topic_id)
+            done = ledger.ingested(connection, topic.id) if topic else {}
+        if topic is None:
+            register_topic(self.settings, self.kafka, self.database, self.kafka.check_topic(batch))
+            return self._not_ingested(batch)
+        left = subtract(batch.ranges, [span for spans in done.values() for span in spans])
+        partitions = sorted({span.partition for span in left})
+        return [
+            OffsetRange(p, min(s.start for s in left if s.partition == p), max(s.end for s in left if s.partition == p))
+            for p in partitions
+        ]
+
+    def _prefixes(self, batch: Batch) -> dict[int, int]:
+        with self.database.begin() as connection:
+            topic = ledger.find_topic(connection, batch.kafka_topic_id)
+            done = ledger.ingested(connection, topic.id) if topic else {}
+        prefixes = {p: contiguous_prefix(done.get(p, [])) for p in batch.partitions}
+        # An offset of 0 says nothing that no offset does not say.
+        return {p: offset for p, offset in prefixes.items() if offset}

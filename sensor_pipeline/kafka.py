@@ -1,0 +1,438 @@
+"""Everything that speaks to Kafka: topic ids, offsets, the drain, the commit.
+
+The only module with confluent_kafka. Its errors are told apart by code, never by message text.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from confluent_kafka import (
+    OFFSET_INVALID,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from numpy.typing import NDArray
+
+from sensor_pipeline.drained import Headers, Records
+from sensor_pipeline.errors import (
+    ConfigurationError,
+    GapError,
+    SensorPipelineError,
+    TopicReplacedError,
+    UnavailableError,
+)
+from sensor_pipeline.offsets import Batch, OffsetRange, total
+from sensor_pipeline.settings import KAFKA_CLIENT_PREFIX, Settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Large enough that the work in Python for each chunk is lost among that for each message, small enough that a
+# chunk's Message objects (about 1 kB each) do not count.
+_CHUNK_MESSAGES = 5_000
+# How long the drain waits for a full chunk: a batch's last messages wait that long where offsets hold no record.
+_POLL_SECONDS = 0.1
+_NO_TOPIC_ID = "AAAAAAAAAAAAAAAAAAAAAA"
+
+_AUTHORIZATION = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "may not read the topic (it needs READ and DESCRIBE on it)",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "may not use the consumer group (it needs READ on it)",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "may not use the cluster",
+}
+_AUTHENTICATION = {KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL}
+_NO_SUCH_TOPIC = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
+_OUT_OF_RANGE = {KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET}
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic as it is now: its name, its Kafka topic id and its partitions, ascending."""
+
+    name: str
+    kafka_topic_id: str
+    partitions: tuple[int, ...]
+
+
+class Kafka:
+    """A connection to the settings' brokers.
+
+    Every method raises `UnavailableError` where waiting can help and `ConfigurationError` where it cannot.
+
+    Args:
+        settings: where the brokers are and how to speak to them.
+        timeout: seconds that one request may take.
+        stall_timeout: seconds that a drain may go without any progress.
+    """
+
+    def __init__(self, settings: Settings, *, timeout: float = 20, stall_timeout: float = 60) -> None:
+        self._servers = settings.kafka_bootstrap_servers
+        self._group = settings.kafka_group_id
+        self._properties = settings.kafka_client
+        self._timeout = timeout
+        self._stall_timeout = stall_timeout
+        self._last_error: KafkaError | None = None
+        self._admin: AdminClient | None = None
+
+    def topic(self, name: str) -> Topic:
+        """Look a topic up.
+
+        Raises:
+            ConfigurationError: there is none of this name, or the broker is too old to have topic ids.
+        """
+        future = self._call(lambda: self._admin_client().describe_topics(TopicCollection([name])), name)[name]
+        description = self._result(future, name)
+        topic_id = str(description.topic_id)
+        if topic_id == _NO_TOPIC_ID:
+            raise ConfigurationError(
+                f"the broker at {self._servers} gives topic {name} no topic id, which tells a topic from another "
+                "of the same name; Kafka 2.8 or newer is needed"
+            )
+        return Topic(name, topic_id, tuple(sorted(p.id for p in description.partitions)))
+
+    def first_offsets(self, topic: Topic) -> dict[int, int]:
+        """For each partition the first offset that Kafka still has."""
+        return self._list_offsets(topic, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+    def end_offsets(self, topic: Topic) -> dict[int, int]:
+        """For each partition the last stable offset: what read_committed can read up to."""
+        return self._list_offsets(topic, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def offsets_at(self, topic: Topic, moment: datetime) -> dict[int, int]:
+        """For each partition the first offset whose record is not older than `moment`; the end if none is."""
+        found = self._list_offsets(topic, OffsetSpec.for_timestamp(round(moment.timestamp() * 1000)))
+        ends = self.end_offsets(topic)
+        return {p: offset if offset >= 0 else ends[p] for p, offset in found.items()}
+
+    def committed_offsets(self, topic: Topic) -> dict[int, int]:
+        """The group's committed offset for each partition that has one."""
+        with self._consumer() as consumer:
+            wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
+            found = self._call(lambda: consumer.committed(wanted, timeout=self._timeout), topic.name)
+        for entry in found:
+            if entry.error is not None:
+                raise self._error(entry.error, topic.name)
+        return {entry.partition: entry.offset for entry in found if entry.offset >= 0}
+
+    def commit_offsets(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """Commit the group's offset for each partition, synchronously, each partition's answer checked."""
+        with self._consumer() as consumer:
+            wanted = [TopicPartition(topic, p, offset) for p, offset in sorted(offsets.items())]
+            done = self._call(lambda: consumer.commit(offsets=wanted, asynchronous=False), topic)
+        for entry in done:
+            if entry.error is not None:
+                raise self._error(entry.error, topic)
+
+    def check_topic(self, batch: Batch) -> Topic:
+        """The batch's topic, if it still is the one that the batch was planned for.
+
+        Raises:
+            TopicReplacedError: the topic was deleted and created again since.
+        """
+        topic = self.topic(batch.topic)
+        if topic.kafka_topic_id != batch.kafka_topic_id:
+            raise TopicReplacedError(
+                f"topic {batch.topic} has id {topic.kafka_topic_id} and not {batch.kafka_topic_id}: it was deleted and "
+                "created again after this batch was planned; the sensor plans the new one from offset 0"
+            )
+        return topic
+
+    def drain(self, batch: Batch, ranges: Sequence[OffsetRange]) -> Iterator[Records | list[OffsetRange]]:
+        """Read `ranges`, at most one a partition, of the batch's topic.
+
+        Yields:
+            Chunks of records as they come, and at last the list of offsets that hold no record.
+
+        Raises:
+            GapError: Kafka no longer has some of the offsets.
+            TopicReplacedError: the topic is not, or no longer, the one that the batch was planned for.
+        """
+        topic = self.check_topic(batch)
+        self._check_ranges(topic, ranges)
+        progress = _Progress(ranges)
+        with self._consumer() as consumer:
+            consumer.assign([TopicPartition(topic.name, r.partition, r.start) for r in ranges])
+            stalled_at = time.monotonic() + self._stall_timeout
+            while left := progress.open:
+                wanted = min(_CHUNK_MESSAGES, total(left))
+                before = progress.position()
+                messages = self._call(partial(consumer.consume, wanted, _POLL_SECONDS), topic.name)
+                if records := self._take(topic, messages, progress):
+                    yield records
+                if len(messages) < wanted:
+                    self._advance_by_position(consumer, topic, progress)
+                if progress.position() != before:
+                    stalled_at = time.monotonic() + self._stall_timeout
+                elif time.monotonic() > stalled_at:
+                    raise UnavailableError(
+                        f"no progress for {self._stall_timeout:.0f} s while reading {topic.name} "
+                        f"{' '.join(map(str, left))} from {self._servers}{self._said()}; check it, then try again"
+                    )
+        self.check_topic(batch)
+        yield progress.no_record
+
+    def _check_ranges(self, topic: Topic, ranges: Sequence[OffsetRange]) -> None:
+        unknown = [r.partition for r in ranges if r.partition not in topic.partitions]
+        if unknown:
+            raise ConfigurationError(f"topic {topic.name} has no partition {', '.join(map(str, unknown))}")
+        first = self.first_offsets(topic)
+        end = self.end_offsets(topic)
+        lost = [
+            OffsetRange(r.partition, r.start, min(r.end, first[r.partition]))
+            for r in ranges
+            if r.start < first[r.partition]
+        ]
+        if lost:
+            raise gap_error(topic.name, lost)
+        early = [f"{r} (its end is {end[r.partition]})" for r in ranges if r.end > end[r.partition]]
+        if early:
+            raise UnavailableError(
+                f"topic {topic.name} does not reach as far as the batch yet, or an open transaction holds it back: "
+                f"{', '.join(early)}; correct the ranges, or try again later"
+            )
+
+    def _take(self, topic: Topic, messages: Sequence[Message], progress: _Progress) -> Records | None:
+        delivered = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                delivered.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                progress.reached(message.partition(), message.offset())  # type: ignore[arg-type]
+            else:
+                self._raise_while_reading(topic, error, progress)
+        if not delivered:
+            return None
+        partition = np.array([message.partition() for message in delivered], np.int32)
+        offset = np.array([message.offset() for message in delivered], np.int64)
+        keep = progress.delivered(partition, offset)
+        kept = [message for message, wanted in zip(delivered, keep, strict=True) if wanted]
+        if not kept:
+            return None
+        return Records(
+            partition=partition[keep],
+            offset=offset[keep],
+            timestamp_ms=np.array([message.timestamp()[1] for message in kept], np.int64),
+            value=[message.value() for message in kept],
+            key_and_headers=lambda at: (_bytes(kept[at].key()), _headers(kept[at])),
+        )
+
+    def _advance_by_position(self, consumer: Consumer, topic: Topic, progress: _Progress) -> None:
+        """Transaction markers move the position and deliver nothing."""
+        wanted = [TopicPartition(topic.name, r.partition) for r in progress.open]
+        for entry in self._call(lambda: consumer.position(wanted), topic.name):
+            if entry.offset != OFFSET_INVALID:
+                progress.reached(entry.partition, entry.offset)
+
+    def _raise_while_reading(self, topic: Topic, error: KafkaError, progress: _Progress) -> None:
+        if error.code() in _OUT_OF_RANGE:
+            first = self.first_offsets(topic)
+            lost = [
+                OffsetRange(r.partition, r.start, min(r.end, first[r.partition]))
+                for r in progress.open
+                if r.start < first[r.partition]
+            ]
+            if lost:
+                raise gap_error(topic.name, lost)
+        raise self._error(error, topic.name)
+
+    def _list_offsets(self, topic: Topic, spec: OffsetSpec) -> dict[int, int]:
+        request = {TopicPartition(topic.name, p): spec for p in topic.partitions}
+        futures = self._call(
+            lambda: self._admin_client().list_offsets(
+                request, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=self._timeout
+            ),
+            topic.name,
+        )
+        return {tp.partition: self._result(future, topic.name).offset for tp, future in futures.items()}
+
+    def _admin_client(self) -> AdminClient:
+        if self._admin is None:
+            self._admin = self._make(AdminClient, {"socket.timeout.ms": int(self._timeout * 1000)})
+        return self._admin
+
+    @contextmanager
+    def _consumer(self) -> Iterator[Consumer]:
+        consumer = self._make(
+            Consumer,
+            {
+                "group.id": self._group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+            },
+        )
+        try:
+            yield consumer
+        finally:
+            consumer.close()
+
+    def _make(self, client: Callable[[dict[str, Any]], T], properties: Mapping[str, object]) -> T:
+        return make_client(client, self._servers, self._properties, properties, self._heard)
+
+    def _heard(self, error: KafkaError) -> None:
+        """Librdkafka's own reconnecting goes on behind this: what it said last explains a later time-out."""
+        self._last_error = error
+
+    def _said(self) -> str:
+        return f" (librdkafka: {self._last_error.str()})" if self._last_error is not None else ""
+
+    def _call(self, request: Callable[[], T], topic: str) -> T:
+        try:
+            return request()
+        except KafkaException as error:
+            raise self._error(error.args[0], topic) from error
+
+    def _result(self, future: Future[Any], topic: str) -> Any:
+        try:
+            return future.result(self._timeout + 10)
+        except KafkaException as error:
+            raise self._error(error.args[0], topic) from error
+
+    def _error(self, error: KafkaError, topic: str) -> SensorPipelineError:
+        """A Kafka error as one of ours, by its code."""
+        heard = self._last_error
+        if heard is not None and heard.code() in _AUTHENTICATION:
+            # The request only timed out; this is why.
+            error = heard
+        return translate(error, topic, self._servers, self._said())
+
+
+def translate(error: KafkaError, topic: str, servers: str, said: str = "") -> SensorPipelineError:
+    """A Kafka error as one of this package's, split by remedy."""
+    code = error.code()
+    if code in _NO_SUCH_TOPIC:
+        return ConfigurationError(
+            f"there is no topic {topic} at {servers}; create it, or correct KAFKA_TOPIC (it may also be that this "
+            "user may not see it)"
+        )
+    if code in _AUTHORIZATION:
+        return ConfigurationError(
+            f"the Kafka user {_AUTHORIZATION[code]}: topic {topic} at {servers}; have the right granted"
+        )
+    if code in _AUTHENTICATION:
+        return ConfigurationError(
+            f"Kafka at {servers} refused the log-in or the TLS handshake ({error.str()}); check the "
+            f"{KAFKA_CLIENT_PREFIX}… settings (SECURITY_PROTOCOL, SASL_…, SSL_…)"
+        )
+    return UnavailableError(
+        f"Kafka at {servers} did not answer for topic {topic}: {error.str()}{said}; check that it runs and that "
+        "KAFKA_BOOTSTRAP_SERVERS is right, then try again"
+    )
+
+
+def make_client(
+    client: Callable[[dict[str, Any]], T],
+    servers: str,
+    user_properties: Mapping[str, str],
+    properties: Mapping[str, object],
+    on_error: Callable[[KafkaError], None],
+) -> T:
+    """Make a consumer, a producer or an admin client.
+
+    Raises:
+        ConfigurationError: librdkafka does not know a property of `KAFKA_CLIENT_…`, or refuses its value.
+    """
+    quiet: dict[str, object] = {"log_level": 0} if "debug" not in user_properties else {}
+    try:
+        return client(
+            {
+                **quiet,
+                "topic.metadata.refresh.interval.ms": 60_000,
+                "reconnect.backoff.max.ms": 1_000,
+                **user_properties,
+                **properties,
+                "bootstrap.servers": servers,
+                "error_cb": on_error,
+            }
+        )
+    except KafkaException as error:
+        named = ", ".join(KAFKA_CLIENT_PREFIX + key.upper().replace(".", "_") for key in user_properties)
+        raise ConfigurationError(
+            f"librdkafka refuses the client's settings ({error.args[0].str()}); correct {named or 'the settings'}"
+        ) from error
+
+
+def make_producer(settings: Settings, properties: Mapping[str, object]) -> Producer:
+    """A producer for the settings' brokers."""
+    return make_client(
+        Producer, settings.kafka_bootstrap_servers, settings.kafka_client, properties, lambda error: log.debug(error)
+    )
+
+
+def gap_error(topic: str, lost: Iterable[OffsetRange]) -> GapError:
+    """The error that names lost offsets."""
+    named = ", ".join(f"partition {r.partition} offsets [{r.start}, {r.end})" for r in lost)
+    return GapError(
+        f"topic {topic}: Kafka no longer has {named}, and they were never ingested. Restore them, or accept the loss: "
+        f"sensor-pipeline accept-gap --topic {topic} --partition PARTITION --reason TEXT"
+    )
+
+
+class _Progress:
+    """How far each partition's range was read, and which of its offsets held no record."""
+
+    def __init__(self, ranges: Sequence[OffsetRange]) -> None:
+        self._next = {r.partition: r.start for r in ranges}
+        self._end = {r.partition: r.end for r in ranges}
+        self.no_record: list[OffsetRange] = []
+
+    @property
+    def open(self) -> list[OffsetRange]:
+        """What is still to be read."""
+        return [OffsetRange(p, at, self._end[p]) for p, at in self._next.items() if at < self._end[p]]
+
+    def position(self) -> int:
+        """The sum of the positions, which grows with any progress."""
+        return sum(self._next.values())
+
+    def reached(self, partition: int, position: int) -> None:
+        """The consumer's position: whatever lies before it and was not delivered holds no record."""
+        position = min(position, self._end[partition])
+        if position > self._next[partition]:
+            self.no_record.append(OffsetRange(partition, self._next[partition], position))
+            self._next[partition] = position
+
+    def delivered(self, partition: NDArray[np.int32], offset: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the delivered records belong to the ranges; the holes between them are noted."""
+        keep = np.zeros(len(offset), np.bool_)
+        for p in np.unique(partition).tolist():
+            mine = partition == p
+            in_range = mine & (offset >= self._next[p]) & (offset < self._end[p])
+            offsets = offset[in_range]
+            expected = np.concatenate([[self._next[p]], offsets[:-1] + 1]) if len(offsets) else offsets
+            for hole in np.flatnonzero(offsets > expected):
+                self.no_record.append(OffsetRange(p, int(expected[hole]), int(offsets[hole])))
+            if len(offsets):
+                self._next[p] = int(offsets[-1]) + 1
+            # A record at or after the end shows that nothing more lies before it.
+            self.reached(p, int(offset[mine].max()))
+            keep |= in_range
+        return keep
+
+
+def _bytes(value: object) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value  # type: ignore[return-value]
+
+
+def _headers(message: Message) -> Headers:
+    pairs: list[tuple[str, object]] = list(message.headers() or [])  # type: ignore[arg-type]
+    return [(name, _bytes(value)) for name, value in pairs]

@@ -1,0 +1,253 @@
+"""Offsets, ranges, batches, and the plan that turns a backlog into batches.
+
+An offset always means the next one to read; every range is half-open, `[start, end)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from sensor_pipeline.errors import ConfigurationError
+
+MAX_OFFSET = 2**63 - 1
+_FIRST_PAUSE = timedelta(seconds=10)
+_LONGEST_PAUSE = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, order=True)
+class OffsetRange:
+    """Offsets `[start, end)` of one partition; empty when they are equal."""
+
+    partition: int
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.partition < 2**31 and 0 <= self.start <= self.end <= MAX_OFFSET):
+            raise ConfigurationError(
+                f"wrong offset range {self}: partition and start must be at least 0, and end not before start"
+            )
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return f"{self.partition}:{self.start}-{self.end}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The offset ranges that one run owns, at most one a partition, in order of partition."""
+
+    topic: str
+    kafka_topic_id: str
+    ranges: tuple[OffsetRange, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranges", tuple(sorted(self.ranges)))
+        partitions = [r.partition for r in self.ranges]
+        if not partitions or len(set(partitions)) != len(partitions):
+            raise ConfigurationError(f"wrong batch {self}: it must have one range for each of its partitions")
+
+    def __len__(self) -> int:
+        return total(self.ranges)
+
+    def __str__(self) -> str:
+        return f"{self.topic} {' '.join(map(str, self.ranges))}"
+
+    @property
+    def partitions(self) -> tuple[int, ...]:
+        """Its partitions, ascending."""
+        return tuple(r.partition for r in self.ranges)
+
+
+def total(ranges: Iterable[OffsetRange]) -> int:
+    """How many offsets the ranges hold."""
+    return sum(len(r) for r in ranges)
+
+
+def subtract(ranges: Iterable[OffsetRange], taken: Iterable[OffsetRange]) -> list[OffsetRange]:
+    """What of `ranges` is in none of `taken`, in order."""
+    by_partition = _by_partition(taken)
+    left = []
+    for wanted in sorted(ranges):
+        at = wanted.start
+        for other in by_partition.get(wanted.partition, ()):
+            if other.end <= at or other.start >= wanted.end:
+                continue
+            if other.start > at:
+                left.append(OffsetRange(wanted.partition, at, other.start))
+            at = other.end
+        if at < wanted.end:
+            left.append(OffsetRange(wanted.partition, at, wanted.end))
+    return left
+
+
+def intersect(ranges: Iterable[OffsetRange], others: Iterable[OffsetRange]) -> list[OffsetRange]:
+    """What is in `ranges` and in `others`, in order; the ranges of each side do not overlap."""
+    ranges = list(ranges)
+    return subtract(ranges, subtract(ranges, others))
+
+
+def contiguous_prefix(ingested: Iterable[OffsetRange]) -> int:
+    """The end of the unbroken run of one partition's offsets that begins at 0: what a group may commit."""
+    end = 0
+    for span in sorted(ingested):
+        if span.start > end:
+            break
+        end = max(end, span.end)
+    return end
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionBacklog:
+    """What is known of one partition when a plan is made.
+
+    `first` is the first offset that Kafka still has and `end` its last stable one; `in_flight` are the ranges
+    of runs that have not ended; `failed` are the ranges of failed runs with the time when each ended.
+    """
+
+    partition: int
+    first: int
+    end: int
+    ingested: tuple[OffsetRange, ...] = ()
+    in_flight: tuple[OffsetRange, ...] = ()
+    failed: tuple[tuple[OffsetRange, datetime], ...] = ()
+
+    @property
+    def unread(self) -> list[OffsetRange]:
+        """Offsets that are not in the ledger, gaps included."""
+        return subtract([OffsetRange(self.partition, 0, max(self.end, self.first))], self.ingested)
+
+    @property
+    def lag(self) -> int:
+        """How many offsets are not in the ledger."""
+        return total(self.unread)
+
+    @property
+    def gap(self) -> list[OffsetRange]:
+        """Offsets that Kafka no longer has and the ledger never ingested."""
+        return intersect(self.unread, [OffsetRange(self.partition, 0, self.first)])
+
+    @property
+    def next_range(self) -> OffsetRange | None:
+        """The first unread range that no run owns."""
+        free = subtract(self.unread, self.in_flight)
+        return free[0] if free else None
+
+    def retry_at(self) -> datetime | None:
+        """When the next range may be tried again, if it has failed: after a pause that grows with each try."""
+        wanted = self.next_range
+        if wanted is None:
+            return None
+        ends = [ended for tried, ended in self.failed if tried.start <= wanted.start < tried.end]
+        return max(ends) + pause(len(ends)) if ends else None
+
+
+def pause(attempts: int) -> timedelta:
+    """How long a batch that failed `attempts` times waits for its next try."""
+    doublings = min(attempts - 1, 10)
+    return min(_FIRST_PAUSE * (1 << doublings), _LONGEST_PAUSE)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One planned batch: its lane and ranges."""
+
+    lane: int
+    ranges: tuple[OffsetRange, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batches to launch now, and for every lane or partition that waits, one sentence why."""
+
+    batches: tuple[Planned, ...]
+    waiting: tuple[str, ...]
+
+
+def lane_of(partition: int, lanes: int) -> int:
+    """The lane of a partition."""
+    return partition % lanes
+
+
+def plan(
+    backlogs: Sequence[PartitionBacklog],
+    *,
+    lanes: int,
+    batch_size: int,
+    in_flight_limit: int,
+    in_flight: Mapping[int, int],
+    now: datetime,
+) -> Plan:
+    """Plan one topic's next batches.
+
+    Args:
+        backlogs: one for each partition.
+        lanes: how many lanes there are.
+        batch_size: the most offsets in a batch.
+        in_flight_limit: the most batches of a lane that are launched and not ended.
+        in_flight: for each lane, how many batches are launched and not ended.
+        now: the time against which pauses are measured.
+    """
+    batches: list[Planned] = []
+    waiting: list[str] = []
+    for lane in range(lanes):
+        mine = [backlog for backlog in backlogs if lane_of(backlog.partition, lanes) == lane]
+        slots = in_flight_limit - in_flight.get(lane, 0)
+        if slots <= 0 and any(backlog.next_range for backlog in mine):
+            waiting.append(f"lane {lane} has {in_flight_limit} batches in flight")
+        batches += [Planned(lane, ranges) for ranges in _plan_lane(mine, slots, batch_size, now, waiting)]
+    return Plan(tuple(batches), tuple(waiting))
+
+
+def _plan_lane(
+    backlogs: Sequence[PartitionBacklog], slots: int, batch_size: int, now: datetime, waiting: list[str]
+) -> list[tuple[OffsetRange, ...]]:
+    together = [b for b in backlogs if not b.gap and b.retry_at() is None]
+    # A partition with a gap or a failed batch holds up no other: it is tried alone, in a slot of its own.
+    alone = [b for b in backlogs if b not in together and _may_be_tried(b, now, waiting)]
+    planned: list[tuple[OffsetRange, ...]] = []
+    while len(planned) < slots:
+        last_slot = len(planned) == slots - 1
+        if alone and (last_slot or not any(b.next_range for b in together)):
+            ranges = _fill([alone.pop(0).next_range], batch_size)
+        else:
+            ranges = _fill([b.next_range for b in together], batch_size)
+        if not ranges:
+            break
+        planned.append(ranges)
+        together = [replace(b, in_flight=(*b.in_flight, *ranges)) for b in together]
+    return planned
+
+
+def _may_be_tried(backlog: PartitionBacklog, now: datetime, waiting: list[str]) -> bool:
+    retry_at = backlog.retry_at()
+    if retry_at is None or retry_at <= now:
+        return backlog.next_range is not None
+    waiting.append(f"partition {backlog.partition} failed and is tried again at {retry_at:%H:%M:%S} UTC")
+    return False
+
+
+def _fill(wanted: Iterable[OffsetRange | None], limit: int) -> tuple[OffsetRange, ...]:
+    """Cut the ranges to `limit` offsets in all, sharing it evenly: what one does not need, others get."""
+    left = limit
+    filled = []
+    open_ranges = sorted((r for r in wanted if r), key=len)
+    for position, span in enumerate(open_ranges):
+        # Rounded up, so that a limit below the number of partitions still moves some of them on.
+        share = -(-left // (len(open_ranges) - position))
+        size = min(len(span), share)
+        if size:
+            filled.append(OffsetRange(span.partition, span.start, span.start + size))
+        left -= size
+    return tuple(sorted(filled))
+
+
+def _by_partition(ranges: Iterable[OffsetRange]) -> dict[int, list[OffsetRange]]:
+    by_partition: dict[int, list[OffsetRange]] = {}
+    for span in sorted(ranges):
+        by_partition.setdefault(span.partition, []).append(span)
+    return by_partition

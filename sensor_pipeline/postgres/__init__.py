@@ -1,0 +1,1 @@
+"""Everything that speaks to PostgreSQL; the only place with SQLAlchemy and psycopg2."""

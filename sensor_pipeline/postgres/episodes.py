@@ -1,0 +1,314 @@
+"""A batch's readings meet the stored failures: what is read for that, and what is written back.
+
+Runs inside the one transaction, after the machines are locked, so that no other batch can change what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from sensor_pipeline.failures import NONE, ORDER, Probes, Recomputed, edges, probes, recompute
+
+UTC_MICROSECONDS = "datetime64[us, UTC]"
+
+_FAILURE = "id, machine_id, start_time, last_failing_time, end_time"
+_ACTIVE = sa.text(f"""
+    SELECT {_FAILURE} FROM failures WHERE is_active AND machine_id = ANY (CAST(:machines AS bigint[]))
+""")
+# From the last failure that starts before the first late reading on. Those that start together with it are of
+# zero length and end before that reading.
+_TOUCHED = sa.text(f"""
+    SELECT {_FAILURE} FROM unnest(
+        CAST(:machines AS bigint[]), CAST(:earliest AS timestamptz[]), CAST(:latest AS timestamptz[])
+    ) AS late (machine, earliest, latest)
+    CROSS JOIN LATERAL (
+        (SELECT {_FAILURE} FROM failures
+         WHERE machine_id = late.machine AND start_time < late.earliest
+         ORDER BY start_time DESC, end_time DESC NULLS FIRST LIMIT 1)
+        UNION ALL
+        SELECT {_FAILURE} FROM failures
+        WHERE machine_id = late.machine AND start_time BETWEEN late.earliest AND late.latest
+    ) AS touched
+""")
+_BY_ID = sa.text(f"SELECT {_FAILURE} FROM failures WHERE id = ANY (CAST(:ids AS bigint[]))")
+
+_PROBE = "unnest(CAST(:machines AS bigint[]), CAST(:moments AS timestamptz[])) AS probe (machine, moment)"
+_AT = sa.text(f"""
+    SELECT found.* FROM {_PROBE} CROSS JOIN LATERAL (
+        SELECT id, machine_id, "timestamp", topic_id, kafka_partition, kafka_offset, has_failure, failure_id
+        FROM readings WHERE machine_id = probe.machine AND "timestamp" = probe.moment OFFSET 0
+    ) AS found
+""")
+_AFTER = sa.text(f"""
+    SELECT probe.machine, next.moment FROM {_PROBE} CROSS JOIN LATERAL (
+        SELECT "timestamp" AS moment FROM readings
+        WHERE machine_id = probe.machine AND "timestamp" > probe.moment ORDER BY "timestamp" LIMIT 1
+    ) AS next
+""")
+_BEFORE = sa.text(f"""
+    SELECT probe.machine, next.moment FROM {_PROBE} CROSS JOIN LATERAL (
+        SELECT "timestamp" AS moment FROM readings
+        WHERE machine_id = probe.machine AND "timestamp" < probe.moment ORDER BY "timestamp" DESC LIMIT 1
+    ) AS next
+""")
+
+_NEW_IDS = sa.text("""
+    SELECT nextval(pg_get_serial_sequence('failures', 'id')) FROM generate_series(1, CAST(:count AS bigint))
+""")
+_COLUMNS = """unnest(
+        CAST(:ids AS bigint[]), CAST(:machines AS bigint[]), CAST(:starts AS timestamptz[]),
+        CAST(:lasts AS timestamptz[]), CAST(:ends AS timestamptz[])
+    ) AS new (id, machine_id, start_time, last_failing_time, end_time)"""
+_INSERT = sa.text(f"""
+    INSERT INTO failures (id, machine_id, start_time, last_failing_time, end_time, is_active)
+    SELECT new.*, new.end_time IS NULL FROM {_COLUMNS}
+""")
+_UPDATE = sa.text(f"""
+    UPDATE failures SET start_time = new.start_time, last_failing_time = new.last_failing_time,
+        end_time = new.end_time, is_active = new.end_time IS NULL
+    FROM {_COLUMNS} WHERE failures.id = new.id
+""")
+_DELETE = sa.text("DELETE FROM failures WHERE id = ANY (CAST(:ids AS bigint[]))")
+_REPOINT_ONE = sa.text("""
+    UPDATE readings SET failure_id = new.failure_id
+    FROM unnest(
+        CAST(:ids AS bigint[]), CAST(:machines AS bigint[]), CAST(:moments AS timestamptz[]),
+        CAST(:failures AS bigint[])
+    ) AS new (id, machine, moment, failure_id)
+    WHERE readings.machine_id = new.machine AND readings."timestamp" = new.moment AND readings.id = new.id
+""")
+_REPOINT_BETWEEN = sa.text("""
+    UPDATE readings SET failure_id = :new
+    WHERE machine_id = :machine AND "timestamp" > :start AND "timestamp" < :last AND failure_id = :old
+""")
+
+
+@dataclass(frozen=True)
+class FailureEvent:
+    """A failure that a batch started or ended."""
+
+    failure_id: int
+    machine_id: int
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a batch did to the failures.
+
+    `failure_id` holds, for each failing reading of the batch by its index, the id of its failure.
+    """
+
+    failure_id: pd.Series[int]
+    started: list[FailureEvent]
+    ended: list[FailureEvent]
+
+
+def settle(
+    connection: sa.Connection,
+    batch: pd.DataFrame,
+    last_seen: Mapping[int, datetime],
+    topic_ranks: Mapping[int, int],
+) -> Settled:
+    """Recompute and store the failures that a batch touches.
+
+    Args:
+        connection: in the one transaction; the batch's machines are locked, its healthy readings copied in.
+        batch: as `failures.detect` returns it, with `machine` as `machines.id`.
+        last_seen: for each machine its latest event time before this batch (missing: it is new).
+        topic_ranks: rank by `topics.id`.
+    """
+    machine = batch["machine"]
+    is_late = batch["timestamp"] <= pd.Series(last_seen, dtype=UTC_MICROSECONDS).reindex(machine).array
+    late_machines = machine[is_late].unique()
+    matters = batch["has_failure"] | batch["ends"] | batch["first"] | machine.isin(late_machines)
+    in_order = np.setdiff1d(machine.unique(), late_machines)
+    active = _failures(connection, _ACTIVE, machines=in_order.tolist())
+    late_failures, late_readings = _late(connection, batch[is_late], topic_ranks)
+    known = pd.concat([active, late_failures], ignore_index=True)
+    stored = pd.concat([_stand_ins(active), late_readings])
+    recomputed = recompute(batch[matters], stored)
+    return _store(connection, recomputed, known, late_readings)
+
+
+def _late(
+    connection: sa.Connection, late: pd.DataFrame, topic_ranks: Mapping[int, int]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The failures that late readings touch, and the stored readings that can matter (see `failures`)."""
+    if late.empty:
+        return _failure_frame([]), _reading_frame([], topic_ranks)
+    spans = late.groupby("machine")["timestamp"].agg(["min", "max"])
+    known = _failures(
+        connection,
+        _TOUCHED,
+        machines=spans.index.tolist(),
+        earliest=_datetimes(spans["min"]),
+        latest=_datetimes(spans["max"]),
+    )
+    moments = _neighbours(connection, probes(late, known))
+    readings = _reading_frame([], topic_ranks)
+    while not moments.empty:
+        readings = pd.concat([readings, _readings_at(connection, moments, topic_ranks)])
+        readings = readings[~readings.index.duplicated()]
+        # A neighbour may belong to a failure that no late reading lies in: it is needed whole.
+        found = set(readings["failure_id"]) - {NONE} - set(known["id"])
+        joined = _failures(connection, _BY_ID, ids=sorted(found)) if found else _failure_frame([])
+        known = pd.concat([known, joined], ignore_index=True)
+        moments = edges(joined)
+    return known, readings
+
+
+def _neighbours(connection: sa.Connection, where: Probes) -> pd.DataFrame:
+    """All timestamps at which readings are to be read."""
+    found = [where.at]
+    for statement, frame in ((_AFTER, where.after), (_BEFORE, where.before)):
+        if not frame.empty:
+            rows = connection.execute(statement, _probe_arguments(frame)).all()
+            found.append(_frame(rows, {"machine": "int64", "timestamp": UTC_MICROSECONDS}))
+    return pd.concat(found).drop_duplicates()
+
+
+def _readings_at(connection: sa.Connection, moments: pd.DataFrame, topic_ranks: Mapping[int, int]) -> pd.DataFrame:
+    return _reading_frame(connection.execute(_AT, _probe_arguments(moments)).all(), topic_ranks)
+
+
+def _store(connection: sa.Connection, recomputed: Recomputed, known: pd.DataFrame, readings: pd.DataFrame) -> Settled:
+    episodes = recomputed.episodes
+    is_new = episodes["id"] == NONE
+    if is_new.any():
+        episodes.loc[is_new, "id"] = connection.scalars(_NEW_IDS, {"count": int(is_new.sum())}).all()
+    before = known.set_index("id").reindex(episodes["id"])
+    was_active = before["end"].isna().to_numpy()
+    same = np.ones(len(episodes), np.bool_)
+    for edge in ("start", "last", "end"):
+        old, new = before[edge].reset_index(drop=True), episodes[edge].reset_index(drop=True)
+        same &= ((old == new) | (old.isna() & new.isna())).to_numpy()
+    if recomputed.vanished:
+        connection.execute(_DELETE, {"ids": recomputed.vanished})
+    changed = ~is_new.to_numpy() & ~same
+    if changed.any():
+        connection.execute(_UPDATE, _failure_arguments(episodes[changed]))
+    if is_new.any():
+        connection.execute(_INSERT, _failure_arguments(episodes[is_new]))
+    _repoint(connection, recomputed, readings)
+    ended = episodes[episodes["end"].notna() & (is_new.to_numpy() | was_active)]
+    return Settled(
+        failure_id=recomputed.batch_episode.map(episodes["id"]).astype(np.int64),
+        started=_events(episodes[is_new], "start"),
+        ended=_events(ended, "end"),
+    )
+
+
+def _repoint(connection: sa.Connection, recomputed: Recomputed, readings: pd.DataFrame) -> None:
+    """Let stored failing readings follow their failure: those read one by one, those between them by range."""
+    episodes = recomputed.episodes
+    of_stored = recomputed.stored_episode[recomputed.stored_episode.index >= 0]
+    moved = readings.loc[of_stored.index, ["machine", "timestamp", "failure_id"]].assign(episode=of_stored)
+    moved["new"] = moved["episode"].map(episodes["id"])
+    moved = moved[moved["new"] != moved["failure_id"]]
+    if moved.empty:
+        return
+    connection.execute(
+        _REPOINT_ONE,
+        {
+            "ids": moved.index.tolist(),
+            "machines": moved["machine"].tolist(),
+            "moments": _datetimes(moved["timestamp"]),
+            "failures": moved["new"].tolist(),
+        },
+    )
+    for episode, old in moved[["episode", "failure_id"]].drop_duplicates().itertuples(index=False):
+        now = episodes.loc[episode]
+        connection.execute(
+            _REPOINT_BETWEEN,
+            {
+                "new": int(now["id"]),
+                "old": int(old),
+                "machine": int(now["machine"]),
+                "start": now["start"].to_pydatetime(),
+                "last": now["last"].to_pydatetime(),
+            },
+        )
+
+
+def _stand_ins(active: pd.DataFrame) -> pd.DataFrame:
+    """An active failure's first and last readings, where all of the batch comes after them.
+
+    Only their order before the batch's readings counts, so partition and offset may be anything.
+    """
+    both = pd.concat([active.assign(timestamp=active["start"]), active.assign(timestamp=active["last"])])
+    both = both.reset_index(drop=True)
+    stand_ins = both.assign(topic_rank=0, partition=0, offset=both.index, has_failure=True, failure_id=both["id"])
+    stand_ins.index = -1 - stand_ins.index
+    return stand_ins[[*ORDER, "has_failure", "failure_id"]]
+
+
+def _failures(connection: sa.Connection, statement: sa.TextClause, **arguments: Any) -> pd.DataFrame:
+    return _failure_frame(connection.execute(statement, arguments).all())
+
+
+def _failure_frame(rows: Iterable[Any]) -> pd.DataFrame:
+    times = dict.fromkeys(("start", "last", "end"), UTC_MICROSECONDS)
+    return _frame(rows, {"id": "int64", "machine": "int64", **times})
+
+
+def _reading_frame(rows: Iterable[Any], topic_ranks: Mapping[int, int]) -> pd.DataFrame:
+    """Stored readings as `failures.recompute` takes them."""
+    frame = _frame(
+        rows,
+        {
+            "id": "int64",
+            "machine": "int64",
+            "timestamp": UTC_MICROSECONDS,
+            "topic_id": "int64",
+            "partition": "int64",
+            "offset": "int64",
+            "has_failure": "bool",
+            "failure_id": "object",
+        },
+    )
+    frame["failure_id"] = frame["failure_id"].fillna(NONE).astype("int64")
+    frame["topic_rank"] = frame["topic_id"].map(topic_ranks).astype("int64")
+    return frame.set_index("id")[[*ORDER, "has_failure", "failure_id"]]
+
+
+def _frame(rows: Iterable[Any], columns: Mapping[str, str]) -> pd.DataFrame:
+    transposed = list(zip(*rows, strict=True)) or [()] * len(columns)
+    return pd.DataFrame(
+        {
+            name: pd.Series(list(values), dtype="object").astype(kind)  # type: ignore[call-overload]
+            for (name, kind), values in zip(columns.items(), transposed, strict=True)
+        }
+    )
+
+
+def _probe_arguments(frame: pd.DataFrame) -> dict[str, Any]:
+    return {"machines": frame["machine"].tolist(), "moments": _datetimes(frame["timestamp"])}
+
+
+def _failure_arguments(episodes: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "ids": episodes["id"].tolist(),
+        "machines": episodes["machine"].tolist(),
+        "starts": _datetimes(episodes["start"]),
+        "lasts": _datetimes(episodes["last"]),
+        "ends": _datetimes(episodes["end"]),
+    }
+
+
+def _events(episodes: pd.DataFrame, edge: str) -> list[FailureEvent]:
+    columns = zip(episodes["id"].tolist(), episodes["machine"].tolist(), _datetimes(episodes[edge]), strict=True)
+    return [FailureEvent(failure_id, machine, at) for failure_id, machine, at in columns if at is not None]
+
+
+def _datetimes(column: pd.Series[pd.Timestamp]) -> list[datetime | None]:
+    moments: NDArray[np.object_] = column.dt.to_pydatetime().to_numpy(dtype=object)
+    return [None if moment is pd.NaT else moment for moment in moments]

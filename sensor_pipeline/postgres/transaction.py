@@ -1,0 +1,322 @@
+"""The one transaction of a batch: readings, machines, failures, rejected messages, batch log and ledger.
+
+READ COMMITTED, in this order; locks are always taken in it, so that batches wait and never deadlock:
+
+1. the ledger's rows of the batch's partitions, locked; what they already hold is taken out of the batch
+2. machines that are new, inserted in order of name
+3. healthy readings, which need no lock on machines and no knowledge of failures
+4. the batch's machines, locked in order of id
+5. in new statements: failures recomputed, failing readings copied in with the right failure
+6. rejected messages, batch log, ledger
+7. the check that everything adds up, then the commit
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import sqlalchemy as sa
+
+from sensor_pipeline.drained import Drained, Headers, RejectedMessage, within
+from sensor_pipeline.errors import ConservationError
+from sensor_pipeline.failures import detect
+from sensor_pipeline.offsets import Batch, OffsetRange, intersect, subtract, total
+from sensor_pipeline.postgres import ledger
+from sensor_pipeline.postgres.copy import copy_readings
+from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.days import ensure_days
+from sensor_pipeline.postgres.episodes import FailureEvent, settle
+
+_SETTINGS = sa.text("SET LOCAL jit = off")
+_MACHINES = sa.text("SELECT id, machine_id FROM machines WHERE machine_id = ANY (CAST(:names AS text[]))")
+# Until the batch's readings are counted in, an empty span: the neutral element of least and greatest.
+_ADD_MACHINES = sa.text("""
+    INSERT INTO machines (machine_id, first_seen, last_seen)
+    SELECT name, 'infinity', '-infinity' FROM unnest(CAST(:names AS text[])) WITH ORDINALITY AS new (name, place)
+    ORDER BY place ON CONFLICT DO NOTHING
+""")
+_LOCK_MACHINES = sa.text("""
+    SELECT id FROM machines WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR NO KEY UPDATE
+""")
+_LAST_SEEN = sa.text("""
+    SELECT id, last_seen FROM machines WHERE id = ANY (CAST(:ids AS bigint[])) AND last_seen > '-infinity'
+""")
+_SEE_MACHINES = sa.text("""
+    UPDATE machines SET first_seen = least(first_seen, new.first), last_seen = greatest(last_seen, new.last)
+    FROM unnest(CAST(:ids AS bigint[]), CAST(:firsts AS timestamptz[]), CAST(:lasts AS timestamptz[]))
+        AS new (id, first, last)
+    WHERE machines.id = new.id
+""")
+_ADD_REJECTED = sa.text("""
+    INSERT INTO rejected_messages
+        (topic_id, kafka_partition, kafka_offset, key, payload, headers, reason, detail)
+    SELECT :topic_id, new.* FROM unnest(
+        CAST(:partitions AS integer[]), CAST(:offsets AS bigint[]), CAST(:keys AS bytea[]),
+        CAST(:payloads AS bytea[]), CAST(:headers AS jsonb[]), CAST(:reasons AS text[]), CAST(:details AS text[])
+    ) AS new
+""")
+_ADD_BATCH = sa.text("""
+    INSERT INTO batches
+        (topic_id, ranges, dagster_run_id, drained, inserted, already_ingested, rejected, no_record,
+         failures_started, failures_ended, started_at, committed_at, timings)
+    VALUES
+        (:topic_id, CAST(:ranges AS jsonb), :dagster_run_id, :drained, :inserted, :already_ingested, :rejected,
+         :no_record, :failures_started, :failures_ended, :started_at, clock_timestamp(), CAST(:timings AS jsonb))
+    RETURNING id
+""")
+# Bounded, so that a batch of large poison messages does not become one statement of gigabytes.
+_REJECTED_A_STATEMENT = 1_000
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a batch's run comes from, for the batch log: the run's id, its start and the seconds by stage."""
+
+    started_at: datetime
+    dagster_run_id: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a batch's offsets: the four counts add up to the offsets in its ranges.
+
+    `batch_id` is the batch log's row, None where all was ingested before and nothing was written.
+    `failures_started` and `failures_ended` name the machine and the time.
+    """
+
+    batch_id: int | None
+    inserted: int
+    already_ingested: int
+    rejected: int
+    no_record: int
+    rejected_by_reason: Mapping[str, int] = field(default_factory=dict)
+    failures_started: Sequence[tuple[str, datetime]] = ()
+    failures_ended: Sequence[tuple[str, datetime]] = ()
+    machines: int = 0
+
+
+def write(database: Database, batch: Batch, drained: Drained, detected: pd.DataFrame, origin: Origin) -> Written:
+    """Write one batch, all of it or nothing.
+
+    Args:
+        database: to write to.
+        batch: what the run owns; its topic is in the ledger.
+        drained: what Kafka holds of it (what the ledger holds already may be left out).
+        detected: `drained.readings` as `failures.detect` returns them.
+        origin: for the batch log.
+
+    Raises:
+        ConservationError: the batch does not add up; nothing was written.
+    """
+    ensure_days(database, _days(detected))
+    with database.begin() as connection:
+        return _Transaction(connection, batch, drained, detected, origin).run()
+
+
+class _Transaction:
+    def __init__(
+        self, connection: sa.Connection, batch: Batch, drained: Drained, detected: pd.DataFrame, origin: Origin
+    ) -> None:
+        self._connection = connection
+        self._batch = batch
+        self._drained = drained
+        self._readings = detected
+        self._origin = origin
+
+    def run(self) -> Written:
+        self._connection.execute(_SETTINGS)
+        topics = ledger.topics(self._connection)
+        topic = next(t for t in topics if t.kafka_topic_id == self._batch.kafka_topic_id)
+        # 1
+        ledger.lock(self._connection, topic.id, self._batch.partitions)
+        todo = self._take_out_ingested(topic.id)
+        already = len(self._batch) - total(todo)
+        if not todo:
+            return Written(None, inserted=0, already_ingested=already, rejected=0, no_record=0)
+        readings = self._readings
+        names = list(readings["machine"].cat.categories)
+        # 2
+        ids = self._machine_ids(names)
+        readings["machine"] = ids[readings["machine"].cat.codes.to_numpy()]
+        readings["topic_rank"] = topic.rank
+        # 3
+        failing = readings["has_failure"].to_numpy()
+        inserted = self._copy(topic.id, readings[~failing])
+        # 4
+        self._connection.execute(_LOCK_MACHINES, {"ids": ids.tolist()})
+        # 5
+        last_seen = {row.id: row.last_seen for row in self._connection.execute(_LAST_SEEN, {"ids": ids.tolist()})}
+        settled = settle(self._connection, readings, last_seen, {t.id: t.rank for t in topics})
+        inserted += self._copy(topic.id, readings[failing], settled.failure_id)
+        self._see_machines(readings)
+        # 6
+        rejected = self._add_rejected(topic.id)
+        no_record = intersect(self._drained.no_record, todo)
+        by_id = dict(zip(ids.tolist(), names, strict=True))
+        written = Written(
+            batch_id=None,
+            inserted=inserted,
+            already_ingested=already,
+            rejected=rejected,
+            no_record=total(no_record),
+            rejected_by_reason=self._drained.rejected_by_reason,
+            failures_started=_named(settled.started, by_id),
+            failures_ended=_named(settled.ended, by_id),
+            machines=len(names),
+        )
+        batch_id = self._log(topic.id, written)
+        ledger.add(
+            self._connection,
+            topic.id,
+            todo,
+            readings=_count(readings["partition"].tolist()),
+            rejected=_count([message.partition for message in self._drained.rejected]),
+            no_record=no_record,
+        )
+        # 7
+        self._check(written)
+        return Written(**{**vars(written), "batch_id": batch_id})
+
+    def _take_out_ingested(self, topic_id: int) -> list[OffsetRange]:
+        """Leave in the frame only what the ledger does not hold; returns these ranges."""
+        done = ledger.ingested(self._connection, topic_id)
+        held = [span for partition in self._batch.partitions for span in done.get(partition, [])]
+        todo = subtract(self._batch.ranges, held)
+        inside = within(self._readings, todo)
+        if inside.all():
+            self._readings = self._readings.copy(deep=False)
+        else:
+            left = self._readings[inside].reset_index(drop=True)
+            left["machine"] = left["machine"].cat.remove_unused_categories()
+            self._readings = detect(left)
+        self._drained = Drained(
+            self._readings,
+            tuple(m for m in self._drained.rejected if _is_in(m, todo)),
+            self._drained.no_record,
+        )
+        return todo
+
+    def _machine_ids(self, names: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        found = self._known_machines(names)
+        missing = sorted(set(names) - found.keys())
+        if missing:
+            self._connection.execute(_ADD_MACHINES, {"names": missing})
+            # Another batch may have made some of them meanwhile; only a new statement sees those.
+            found |= self._known_machines(missing)
+        return np.array([found[name] for name in names], np.int64)
+
+    def _known_machines(self, names: list[str]) -> dict[str, int]:
+        return {row.machine_id: row.id for row in self._connection.execute(_MACHINES, {"names": names})}
+
+    def _copy(self, topic_id: int, rows: pd.DataFrame, failure_id: pd.Series[int] | None = None) -> int:
+        return copy_readings(
+            self._connection,
+            topic_id=topic_id,
+            machine_id=rows["machine"].to_numpy(),
+            timestamp=rows["timestamp"].to_numpy("datetime64[us]"),
+            partition=rows["partition"].to_numpy(),
+            offset=rows["offset"].to_numpy(),
+            values=rows["values"].tolist(),
+            failure_id=None if failure_id is None else np.asarray(failure_id.loc[rows.index], np.int64),
+        )
+
+    def _see_machines(self, readings: pd.DataFrame) -> None:
+        spans = readings.groupby("machine")["timestamp"].agg(["min", "max"])
+        arguments = {
+            "ids": spans.index.tolist(),
+            "firsts": spans["min"].dt.to_pydatetime().tolist(),
+            "lasts": spans["max"].dt.to_pydatetime().tolist(),
+        }
+        self._connection.execute(_SEE_MACHINES, arguments)
+
+    def _add_rejected(self, topic_id: int) -> int:
+        added = 0
+        messages = self._drained.rejected
+        for at in range(0, len(messages), _REJECTED_A_STATEMENT):
+            part = messages[at : at + _REJECTED_A_STATEMENT]
+            arguments = {
+                "topic_id": topic_id,
+                "partitions": [m.partition for m in part],
+                "offsets": [m.offset for m in part],
+                "keys": [m.key for m in part],
+                "payloads": [m.payload for m in part],
+                "headers": [_headers_json(m.headers) for m in part],
+                "reasons": [m.reason for m in part],
+                "details": [m.detail for m in part],
+            }
+            added += self._connection.execute(_ADD_REJECTED, arguments).rowcount
+        return added
+
+    def _log(self, topic_id: int, written: Written) -> int:
+        ranges = [vars(span) for span in self._batch.ranges]
+        batch_id: int = self._connection.scalars(
+            _ADD_BATCH,
+            {
+                "topic_id": topic_id,
+                "ranges": json.dumps(ranges),
+                "dagster_run_id": self._origin.dagster_run_id,
+                "drained": self._drained.messages,
+                "inserted": written.inserted,
+                "already_ingested": written.already_ingested,
+                "rejected": written.rejected,
+                "no_record": written.no_record,
+                "failures_started": len(written.failures_started),
+                "failures_ended": len(written.failures_ended),
+                "started_at": self._origin.started_at,
+                "timings": json.dumps(dict(self._origin.timings)),
+            },
+        ).one()
+        return batch_id
+
+    def _check(self, written: Written) -> None:
+        """No term is what the others leave over: each was counted where it happened."""
+        accounted = written.inserted + written.already_ingested + written.rejected + written.no_record
+        if accounted != len(self._batch):
+            raise ConservationError(
+                f"batch {self._batch} does not add up: {len(self._batch)} offsets, but {written.inserted} inserted + "
+                f"{written.already_ingested} already ingested + {written.rejected} rejected + {written.no_record} "
+                "without a record; nothing was written, run it again, and report it if it stays so"
+            )
+
+
+def _days(readings: pd.DataFrame) -> list[date]:
+    days: list[date] = np.unique(readings["timestamp"].to_numpy("datetime64[us]").astype("datetime64[D]")).tolist()
+    return days
+
+
+def _is_in(message: RejectedMessage, ranges: Sequence[OffsetRange]) -> bool:
+    return any(r.partition == message.partition and r.start <= message.offset < r.end for r in ranges)
+
+
+def _named(events: Sequence[FailureEvent], names: Mapping[int, str]) -> list[tuple[str, datetime]]:
+    return [(names[event.machine_id], event.at.astimezone(UTC)) for event in events]
+
+
+def _count(partitions: Sequence[int]) -> Mapping[int, int]:
+    return Counter(partitions)
+
+
+def _headers_json(headers: Headers) -> str:
+    """Headers as a JSON array; a name or value that text in PostgreSQL cannot hold stands as base64."""
+    return json.dumps([_text("key", name.encode()) | _text("value", value) for name, value in headers])
+
+
+def _text(field_name: str, value: bytes | None) -> dict[str, Any]:
+    if value is None:
+        return {field_name: None}
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = "\x00"
+    if "\x00" in text:
+        return {f"{field_name}_base64": base64.b64encode(value).decode()}
+    return {field_name: text}
