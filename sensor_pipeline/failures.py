@@ -40,8 +40,7 @@ def detect(readings: pd.DataFrame) -> pd.DataFrame:
         run, `ends` on the first healthy reading after it; and `first` on the first reading of each machine.
     """
     keys = [_codes(readings[column]) for column in reversed(ORDER)]
-    ordered = readings.take(np.lexsort(keys))
-    ordered.reset_index(drop=True, inplace=True)
+    ordered = readings.take(np.lexsort(keys)).reset_index(drop=True)
     machine = _codes(ordered["machine"])
     failing = ordered["has_failure"].to_numpy(np.bool_)
     first = np.ones(len(ordered), np.bool_)

@@ -1,0 +1,99 @@
+"""Real servers for all tests; a topic, a consumer group and a database of its own for each that asks.
+
+KAFKA_BOOTSTRAP_SERVERS and POSTGRES_HOST are not used: tests create and drop databases and topics.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.embedded import ports
+from sensor_pipeline.embedded.kafka import KafkaBroker
+from sensor_pipeline.embedded.postgres import PostgresServer
+from sensor_pipeline.postgres.migrations import migrate
+from sensor_pipeline.settings import Settings
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+    """A Kafka of this test run's own."""
+    broker = KafkaBroker(tmp_path_factory.mktemp("kafka"), ports.any_free())
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A PostgreSQL of this test run's own: settings that point at its migrated database."""
+    folder: Path = tmp_path_factory.mktemp("postgres")
+    settings = Settings(postgres_host=ports.LOOPBACK, postgres_port=ports.any_free(), postgres_db="template")
+    server = PostgresServer(
+        folder,
+        settings.postgres_port,
+        user=settings.postgres_user,
+        password=settings.postgres_password,
+        database=settings.postgres_db,
+    )
+    server.start()
+    migrate(settings)
+    yield settings
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def administer(postgres: Settings) -> Callable[[str], None]:
+    """Run one statement that no transaction may hold, such as CREATE DATABASE."""
+    url = sa.URL.create(
+        "postgresql+psycopg2",
+        postgres.postgres_user,
+        postgres.postgres_password,
+        postgres.postgres_host,
+        postgres.postgres_port,
+        "postgres",
+    )
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+
+    def run(statement: str) -> None:
+        with engine.connect() as connection:
+            connection.execute(sa.text(statement))
+
+    return run
+
+
+@pytest.fixture
+def database_settings(postgres: Settings, administer: Callable[[str], None]) -> Iterator[Settings]:
+    """Settings with a fresh, migrated database; no Kafka."""
+    name = f"test_{next(_numbers)}"
+    administer(f"CREATE DATABASE {name} TEMPLATE {postgres.postgres_db}")
+    yield replace(postgres, postgres_db=name)
+    administer(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def settings(database_settings: Settings, broker: KafkaBroker) -> Settings:
+    """Settings with a fresh database, a fresh topic of four partitions and a fresh consumer group."""
+    number = next(_numbers)
+    topic = f"readings-{number}"
+    broker.create_topic(topic, partitions=4)
+    return replace(
+        database_settings,
+        kafka_bootstrap_servers=broker.bootstrap_servers,
+        kafka_topics=(topic,),
+        kafka_group_id=f"group-{number}",
+    )
+
+
+@pytest.fixture
+def pipeline(settings: Settings) -> Pipeline:
+    """A pipeline on those settings."""
+    return Pipeline(settings)
