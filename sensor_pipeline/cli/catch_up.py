@@ -1,0 +1,62 @@
+"""`sensor-pipeline catch-up`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from threading import Lock
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.catch_up import CatchUp
+from sensor_pipeline.cli.environment import environment
+from sensor_pipeline.offsets import Batch
+from sensor_pipeline.postgres.transaction import Written
+from sensor_pipeline.settings import Settings
+
+
+@click.command("catch-up")
+@click.option("--lanes", type=click.IntRange(1, 1024), help="Lanes that run side by side (default: LANES).")
+def command(lanes: int | None) -> None:
+    """Run batches in this process until what is in Kafka now is in PostgreSQL.
+
+    For cron, tests and a first import; the same batches as Dagster's runs, without Dagster.
+    """
+    settings = Settings.from_env(environment())
+    if lanes is not None:
+        settings = replace(settings, lanes=lanes)
+    totals = {"batches": 0, "inserted": 0, "rejected": 0, "started": 0, "ended": 0}
+    lock = Lock()
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("catching up"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=None, rate="")
+
+        def count(batch: Batch, written: Written) -> None:
+            with lock:
+                totals["batches"] += 1
+                totals["inserted"] += written.inserted
+                totals["rejected"] += written.rejected
+                totals["started"] += len(written.failures_started)
+                totals["ended"] += len(written.failures_ended)
+                progress.advance(task, len(batch))
+                seconds = progress.tasks[0].elapsed or 0
+                progress.update(task, rate=f"{totals['inserted'] / seconds:,.0f} readings/s" if seconds else "")
+
+        catch_up = CatchUp(Pipeline(settings), count)
+        backlogs = catch_up.backlog()
+        progress.update(task, total=sum(backlog.lag for backlog in backlogs))
+        catch_up.run(backlogs)
+    click.echo(
+        f"{totals['inserted']} readings inserted in {totals['batches']} batches, {totals['rejected']} rejected, "
+        f"{totals['started']} failures started, {totals['ended']} ended"
+    )

@@ -1,0 +1,56 @@
+"""A batch as run config, and back: topic, Kafka topic id and ranges, nothing else.
+
+So re-executing a run in the UI is running its batch again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import Field, IntSource, StringSource
+
+from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.offsets import Batch, OffsetRange
+
+RESOURCE = "batch"
+
+SCHEMA = {
+    "topic": Field(StringSource, description="The topic's name."),
+    "kafka_topic_id": Field(
+        StringSource, description="Kafka's id of the topic, which tells it from another one of the same name."
+    ),
+    "ranges": Field(
+        [
+            {
+                "partition": Field(IntSource, description="The partition."),
+                "start": Field(IntSource, description="The first offset to read."),
+                "end": Field(IntSource, description="The offset after the last one to read."),
+            }
+        ],
+        description="At most one half-open range of offsets, [start, end), for each partition.",
+    ),
+}
+
+
+def to_run_config(batch: Batch) -> dict[str, Any]:
+    """The run config of a batch."""
+    ranges = [{"partition": r.partition, "start": r.start, "end": r.end} for r in batch.ranges]
+    config = {"topic": batch.topic, "kafka_topic_id": batch.kafka_topic_id, "ranges": ranges}
+    return {"resources": {RESOURCE: {"config": config}}}
+
+
+def to_batch(config: Mapping[str, Any]) -> Batch:
+    """The batch of a validated resource config.
+
+    Raises:
+        ConfigurationError: two ranges of one partition, or a range that ends before it starts.
+    """
+    ranges = tuple(OffsetRange(r["partition"], r["start"], r["end"]) for r in config["ranges"])
+    return Batch(config["topic"], config["kafka_topic_id"], ranges)
+
+
+def of_run(run_config: Mapping[str, Any]) -> Batch | None:
+    """The batch of some run's config; None where it is not one (a run by hand with a mistake in it)."""
+    try:
+        return to_batch(run_config["resources"][RESOURCE]["config"])
+    except (KeyError, TypeError, ConfigurationError):
+        return None

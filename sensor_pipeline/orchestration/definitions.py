@@ -1,0 +1,14 @@
+"""What Dagster loads. The only module of the package that reads the environment, beside the command line."""
+
+import os
+
+from dagster import Definitions
+
+from sensor_pipeline.orchestration.job import build_job
+from sensor_pipeline.orchestration.sensor import build_sensor
+from sensor_pipeline.settings import Settings
+
+settings = Settings.from_env(os.environ)
+job = build_job(settings)
+
+defs = Definitions(jobs=[job], sensors=[build_sensor(settings, job)])

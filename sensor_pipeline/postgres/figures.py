@@ -1,0 +1,44 @@
+"""Figures for people and scripts, from the ledger, the batch log and small tables: readings are never counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+_TOTALS = sa.text("""
+    SELECT (SELECT coalesce(sum(readings), 0) FROM ingested_offsets)::bigint AS readings,
+           (SELECT coalesce(sum(rejected), 0) FROM ingested_offsets)::bigint AS rejected,
+           (SELECT count(*) FROM machines) AS machines,
+           (SELECT count(*) FROM failures) AS failures,
+           (SELECT count(*) FROM failures WHERE is_active) AS active_failures
+""")
+_REASONS = sa.text("SELECT reason, count(*) AS messages FROM rejected_messages GROUP BY reason ORDER BY reason")
+_LAST_BATCHES = sa.text("""
+    SELECT batches.id, topics.name AS topic, ranges, dagster_run_id, drained, inserted, already_ingested, rejected,
+           no_record, failures_started, failures_ended, started_at, committed_at, timings
+    FROM batches JOIN topics ON topics.id = batches.topic_id
+    ORDER BY committed_at DESC LIMIT :count
+""")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Totals since the first start, rejected messages held by reason, and the newest batches, newest first."""
+
+    readings: int
+    rejected: int
+    machines: int
+    failures: int
+    active_failures: int
+    rejected_by_reason: dict[str, int]
+    last_batches: list[dict[str, Any]]
+
+
+def read_figures(connection: sa.Connection, last_batches: int) -> Figures:
+    """The figures as they are now."""
+    totals = connection.execute(_TOTALS).one()
+    reasons = {row.reason: row.messages for row in connection.execute(_REASONS)}
+    batches = [dict(row._mapping) for row in connection.execute(_LAST_BATCHES, {"count": last_batches})]
+    return Figures(**totals._mapping, rejected_by_reason=reasons, last_batches=batches)
