@@ -208,20 +208,17 @@ class Kafka:
             )
 
     def _take(self, topic: Topic, messages: Sequence[Message], progress: _Progress) -> Records | None:
-        delivered = []
-        for message in messages:
-            error = message.error()
-            if error is None:
-                delivered.append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:
-                progress.reached(message.partition(), message.offset())  # type: ignore[arg-type]
-            else:
-                self._raise_while_reading(topic, error, progress)
-        if not delivered:
-            return None
+        delivered = [message for message in messages if message.error() is None]
         partition = np.array([message.partition() for message in delivered], np.int32)
         offset = np.array([message.offset() for message in delivered], np.int64)
         keep = progress.delivered(partition, offset)
+        # Only now: an end of partition that stands in this chunk comes after the records that stand in it.
+        for message in messages:
+            if (error := message.error()) is None:
+                continue
+            if error.code() != KafkaError._PARTITION_EOF:
+                self._raise_while_reading(topic, error, progress)
+            progress.reached(message.partition(), message.offset())  # type: ignore[arg-type]
         kept = [message for message, wanted in zip(delivered, keep, strict=True) if wanted]
         if not kept:
             return None

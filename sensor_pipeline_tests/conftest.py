@@ -6,6 +6,7 @@ KAFKA_BOOTSTRAP_SERVERS and POSTGRES_HOST are not used: tests create and drop da
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from sensor_pipeline.postgres.migrations import migrate
 from sensor_pipeline.settings import Settings
 
 _numbers = itertools.count(1)
+
+os.environ["DAGSTER_DISABLE_TELEMETRY"] = "yes"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -115,18 +116,45 @@ def shared_settings(postgres: Settings, administer: Any) -> Settings:
     return replace(postgres, postgres_db="any_history")
 
 
-@hypothesis_settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+_SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+
+
+@hypothesis_settings(max_examples=60, **_SETTINGS)
 @given(history=histories(), two_topics=st.booleans())
 def test_rows_equal_the_oracle_after_every_batch(
     shared_settings: Settings, history: tuple[list[Any], list[tuple[int, int, int]]], two_topics: bool
 ) -> None:
+    check_history(shared_settings, *history, two_topics)
+
+
+@hypothesis_settings(max_examples=100, **_SETTINGS)
+@given(random=st.randoms(use_true_random=True), two_topics=st.booleans())
+def test_rows_equal_the_oracle_after_every_batch_of_a_long_history(
+    shared_settings: Settings, random: Random, two_topics: bool
+) -> None:
+    """Dense histories: Hypothesis prefers small ones, in which few failures meet."""
+    failing = random.choice([0.2, 0.5, 0.8])
+    span = random.choice([8, 40, 400])
+    published = []
+    for at in range(random.randrange(10, 90)):
+        # In order, with a tail of late ones.
+        second = at * span // 90 - (random.randrange(span) if random.random() < 0.3 else 0)
+        published.append((random.randrange(2), second, random.random() < failing, random.randrange(3), 1))
+    steps = [(random.randrange(8), random.randrange(30), random.randrange(1, 25)) for _ in range(random.randrange(6))]
+    check_history(shared_settings, published, steps, two_topics)
+
+
+def check_history(
+    shared_settings: Settings, published: list[Any], steps: list[tuple[int, int, int]], two_topics: bool
+) -> None:
+    """Publish and ingest step by step; after each the rows are the oracle's, and ids moved as the rule says."""
     number = next(_numbers)
     machines = [f"m{number}-{i}" for i in range(3)]
     # The second is the same topic, deleted and created again, with an id that sorts before the first's.
     logs = [Log(shared_settings, f"topic-{number}", f"{name}-{number}") for name in ("b", "a")][: 1 + two_topics]
-    published, steps = history
     for at, (machine, second, failing, partition, poison) in enumerate(published):
         log = logs[at % len(logs)]
         if poison == 0:

@@ -23,19 +23,19 @@ _FAILURE = "id, machine_id, start_time, last_failing_time, end_time"
 _ACTIVE = sa.text(f"""
     SELECT {_FAILURE} FROM failures WHERE is_active AND machine_id = ANY (CAST(:machines AS bigint[]))
 """)
-# From the last failure that starts before the first late reading on. Those that start together with it are of
+# From the last failure that starts before the batch's first reading on. Those that start together with it are of
 # zero length and end before that reading.
 _TOUCHED = sa.text(f"""
     SELECT {_FAILURE} FROM unnest(
         CAST(:machines AS bigint[]), CAST(:earliest AS timestamptz[]), CAST(:latest AS timestamptz[])
-    ) AS late (machine, earliest, latest)
+    ) AS batch (machine, earliest, latest)
     CROSS JOIN LATERAL (
         (SELECT {_FAILURE} FROM failures
-         WHERE machine_id = late.machine AND start_time < late.earliest
+         WHERE machine_id = batch.machine AND start_time < batch.earliest
          ORDER BY start_time DESC, end_time DESC NULLS FIRST LIMIT 1)
         UNION ALL
         SELECT {_FAILURE} FROM failures
-        WHERE machine_id = late.machine AND start_time BETWEEN late.earliest AND late.latest
+        WHERE machine_id = batch.machine AND start_time BETWEEN batch.earliest AND batch.latest
     ) AS touched
 """)
 _BY_ID = sa.text(f"SELECT {_FAILURE} FROM failures WHERE id = ANY (CAST(:ids AS bigint[]))")
@@ -132,7 +132,8 @@ def settle(
     matters = batch["has_failure"] | batch["ends"] | batch["first"] | machine.isin(late_machines)
     in_order = np.setdiff1d(machine.unique(), late_machines)
     active = _failures(connection, _ACTIVE, machines=in_order.tolist())
-    late_failures, late_readings = _late(connection, batch[is_late], topic_ranks)
+    spans = batch[machine.isin(late_machines)].groupby("machine")["timestamp"].agg(["min", "max"])
+    late_failures, late_readings = _late(connection, batch[is_late], spans, topic_ranks)
     known = pd.concat([active, late_failures], ignore_index=True)
     stored = pd.concat([_stand_ins(active), late_readings])
     recomputed = recompute(batch[matters], stored)
@@ -140,12 +141,15 @@ def settle(
 
 
 def _late(
-    connection: sa.Connection, late: pd.DataFrame, topic_ranks: Mapping[int, int]
+    connection: sa.Connection, late: pd.DataFrame, spans: pd.DataFrame, topic_ranks: Mapping[int, int]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The failures that late readings touch, and the stored readings that can matter (see `failures`)."""
+    """The failures that a late machine's batch touches, and the stored readings that can matter (see `failures`).
+
+    `spans` has the first and last timestamp in the batch of each machine with late readings: what comes after its
+    last seen reading touches a failure too, the active one.
+    """
     if late.empty:
         return _failure_frame([]), _reading_frame([], topic_ranks)
-    spans = late.groupby("machine")["timestamp"].agg(["min", "max"])
     known = _failures(
         connection,
         _TOUCHED,
