@@ -89,14 +89,22 @@ MAX_DEPTH = 64
 
 # PostgreSQL's numeric holds at most this many digits after the point; a float has at most 309 before it.
 _NUMERIC_MAX_SCALE = 16_383
-# In a message of at most this length a number exceeds that only by an exponent of five digits or more,
-# and then it is nearer to 0 than any float.
+# In a message of at most this length a number exceeds that only by an exponent of five digits or more.
 _PLAIN_MESSAGE_BYTES = 6_000
-_DEEP_EXPONENT = re.compile(rb"[eE]-?[0-9]{5}")
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_DEEP_EXPONENT = re.compile(rb"[eE][+-]?[0-9]{5}")
+# Possessive: an unterminated string of escapes is decided in one pass.
+_JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# What datetime.fromisoformat reads otherwise than ISO 8601 means it: a fraction of a minute or an hour.
-_FRACTION_OF_MINUTE_OR_HOUR = re.compile(r".{8,10}[T ][0-9]{2}(:?[0-9]{2})?[.,].*")
+# datetime.fromisoformat takes more than ISO 8601 (any separator, a fraction of a minute as one of a second, from
+# Python 3.13 on 24:00), and not the same in every version.
+_ISO_8601 = re.compile(
+    r"(?:[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8}|[0-9]{4}-W[0-9]{2}(?:-[0-9])?|[0-9]{4}W[0-9]{2}[0-9]?)"
+    r"(?:[T ](?:[01][0-9]|2[0-3])(?::[0-9]{2}(?::[0-9]{2}(?:[.,][0-9]+)?)?|[0-9]{2}(?:[0-9]{2}(?:[.,][0-9]+)?)?)?"
+    r"(?:Z|[+-][0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2}(?:[.,][0-9]+)?)?)?)?)?"
+)
+# A record's timestamp may be anything; no reading lies beyond year 9999, so neither need these.
+_LAST_RECORD_MS = 253_402_300_800_000
+_LONGEST_FUTURE = timedelta(days=3_660_000)
 
 
 class _Values(msgspec.Struct):
@@ -133,7 +141,7 @@ class MessageDecoder:
     """
 
     def __init__(self, max_future: timedelta, naive_timestamp_tz: ZoneInfo, max_message_bytes: int) -> None:
-        self._max_future = np.timedelta64(max_future)
+        self._max_future = np.timedelta64(min(max_future, _LONGEST_FUTURE))
         self._zone = None if naive_timestamp_tz.key == "UTC" else naive_timestamp_tz
         self._max_message_bytes = max_message_bytes
 
@@ -192,9 +200,9 @@ class MessageDecoder:
             message.decode()
         decoded = _decode_message(message)
         values = bytes(decoded.readings.readings)
-        checked = _check_values(values)
-        # A float that underflowed may be a number with more digits than numeric holds.
-        if (b"e-" in values or b"E-" in values) and 0.0 in checked.values() and _DEEP_EXPONENT.search(values):
+        _check_values(values)
+        # Without a sign it is out of a float's range, or the mantissa is 0.
+        if (b"e-" in values or b"e+" in values or b"0e" in values or b"E" in values) and _DEEP_EXPONENT.search(values):
             raise _NotPlainError
         machine_id = decoded.machine_id
         if not 0 < len(machine_id) <= MAX_MACHINE_ID_CHARACTERS:
@@ -245,7 +253,7 @@ class MessageDecoder:
         except ValueError:
             # RFC 3339 allows "t" and "z".
             moment = datetime.fromisoformat(text.upper())
-        if len(text) < 26 and _FRACTION_OF_MINUTE_OR_HOUR.fullmatch(text):
+        if moment.isoformat() != text and not _ISO_8601.fullmatch(text.upper()):
             raise ValueError(text)
         if moment.tzinfo is None:
             if self._zone is None:
@@ -262,7 +270,7 @@ class MessageDecoder:
     ) -> NDArray[np.bool_]:
         """Which readings to keep; the others are added to `rejected`."""
         recorded = record_ms[places]
-        moments = recorded.astype("datetime64[ms]").astype("datetime64[us]")
+        moments = np.clip(recorded, 0, _LAST_RECORD_MS).astype("datetime64[ms]").astype("datetime64[us]")
         future = (recorded >= 0) & (timestamp - moments > self._max_future)
         for at in np.flatnonzero(future):
             detail = f"{timestamp[at]} UTC is more than MAX_FUTURE ahead of the record's {moments[at]} UTC"

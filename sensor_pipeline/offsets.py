@@ -220,6 +220,8 @@ def _plan_lane(
             break
         planned.append(ranges)
         together = [replace(b, in_flight=(*b.in_flight, *ranges)) for b in together]
+        # What comes next may have been tried before, by hand.
+        together = [b for b in together if b.retry_at() is None]
     return planned
 
 
@@ -235,13 +237,11 @@ def _fill(wanted: Iterable[OffsetRange | None], limit: int) -> tuple[OffsetRange
     """Cut the ranges to `limit` offsets in all, sharing it evenly: what one does not need, others get."""
     left = limit
     filled = []
-    open_ranges = sorted((r for r in wanted if r), key=len)
+    # Below one offset for each, the longest take part, so that none is put off for ever.
+    open_ranges = sorted((r for r in wanted if r), key=len)[-limit:]
     for position, span in enumerate(open_ranges):
-        # Rounded up, so that a limit below the number of partitions still moves some of them on.
-        share = -(-left // (len(open_ranges) - position))
-        size = min(len(span), share)
-        if size:
-            filled.append(OffsetRange(span.partition, span.start, span.start + size))
+        size = min(len(span), left // (len(open_ranges) - position))
+        filled.append(OffsetRange(span.partition, span.start, span.start + size))
         left -= size
     return tuple(sorted(filled))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
@@ -72,8 +72,9 @@ _ADD_BATCH = sa.text("""
          :no_record, :failures_started, :failures_ended, :started_at, clock_timestamp(), CAST(:timings AS jsonb))
     RETURNING id
 """)
-# Bounded, so that a batch of large poison messages does not become one statement of gigabytes.
+# A statement may not be larger than 1 GB, and the driver sends bytes as hexadecimal text.
 _REJECTED_A_STATEMENT = 1_000
+_REJECTED_BYTES_A_STATEMENT = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -240,9 +241,7 @@ class _Transaction:
 
     def _add_rejected(self, topic_id: int) -> int:
         added = 0
-        messages = self._drained.rejected
-        for at in range(0, len(messages), _REJECTED_A_STATEMENT):
-            part = messages[at : at + _REJECTED_A_STATEMENT]
+        for part in _parts(self._drained.rejected):
             arguments = {
                 "topic_id": topic_id,
                 "partitions": [m.partition for m in part],
@@ -291,6 +290,21 @@ class _Transaction:
 def _days(readings: pd.DataFrame) -> list[date]:
     days: list[date] = np.unique(readings["timestamp"].to_numpy("datetime64[us]").astype("datetime64[D]")).tolist()
     return days
+
+
+def _parts(messages: Sequence[RejectedMessage]) -> Iterator[list[RejectedMessage]]:
+    """Messages in parts of at most a statement's size; a larger one stands alone."""
+    part: list[RejectedMessage] = []
+    size = 0
+    for message in messages:
+        own = len(message.payload or b"") + len(message.key or b"") + sum(len(v or b"") for _, v in message.headers)
+        if part and (len(part) == _REJECTED_A_STATEMENT or size + own > _REJECTED_BYTES_A_STATEMENT):
+            yield part
+            part, size = [], 0
+        part.append(message)
+        size += own
+    if part:
+        yield part
 
 
 def _is_in(message: RejectedMessage, ranges: Sequence[OffsetRange]) -> bool:
