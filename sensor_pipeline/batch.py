@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import pandas as pd
@@ -25,10 +25,11 @@ from sensor_pipeline.drained import Drained, FrameBuilder, Records
 from sensor_pipeline.errors import UnavailableError
 from sensor_pipeline.failures import detect
 from sensor_pipeline.kafka import Kafka
-from sensor_pipeline.messages import MessageDecoder
+from sensor_pipeline.messages import MessageDecoder, Reason
 from sensor_pipeline.offsets import Batch, OffsetRange, contiguous_prefix, subtract
 from sensor_pipeline.postgres import ledger
 from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.refused import Refused, RowsRefusedError
 from sensor_pipeline.postgres.transaction import Origin, Written, write
 from sensor_pipeline.settings import Settings
 
@@ -107,23 +108,44 @@ class Pipeline:
         """Write the batch in one transaction; where the database was only busy or away, try again.
 
         A connection lost during the commit leaves open whether it happened: the next try asks the ledger.
+        Readings that the database refuses for their content become rejected messages.
         """
-        for pause in (*RETRY_PAUSES, None):
+        pauses = iter(RETRY_PAUSES)
+        while True:
             try:
                 return write(self.database, batch, drained, detected, origin)
+            except RowsRefusedError as error:
+                drained = self._reject(batch, drained, error.refused)
+                detected = self.detect(drained)
             except UnavailableError as error:
+                pause = next(pauses, None)
                 if pause is None:
                     raise
                 log.warning("batch %s: %s (next try in %s s)", batch, error, pause)
                 self._sleep(pause)
-        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _reject(self, batch: Batch, drained: Drained, refused: Sequence[Refused]) -> Drained:
+        """Move refused readings to the rejected messages, whole: they are read again for that."""
+        said = {(r.partition, r.offset): r.said for r in refused}
+        builder = FrameBuilder()
+        for part in self.kafka.drain(batch, [OffsetRange(p, o, o + 1) for p, o in sorted(said)]):
+            if isinstance(part, Records):
+                builder.reject(part, said, Reason.REFUSED_BY_DATABASE)
+        readings = drained.readings
+        places = zip(readings["partition"].tolist(), readings["offset"].tolist(), strict=True)
+        left = readings[[place not in said for place in places]].reset_index(drop=True)
+        left["machine"] = left["machine"].cat.remove_unused_categories()
+        return replace(drained, readings=left, rejected=(*drained.rejected, *builder.rejected))
 
     def commit(self, batch: Batch) -> dict[int, int]:
         """Mirror the ledger's contiguous prefix to the group, for the batch's partitions; returns the offsets.
 
         Another batch may commit the same partitions at the same time and be overtaken here, so it is repeated
-        until the ledger stayed as it was committed.
+        until the ledger stayed as it was committed. A topic that was deleted since has no group to mirror it.
         """
+        if self.kafka.topic(batch.topic).kafka_topic_id != batch.kafka_topic_id:
+            log.warning("topic %s was deleted and created again: offsets of %s are not committed", batch.topic, batch)
+            return {}
         committed: dict[int, int] = {}
         while (offsets := self._prefixes(batch)) != committed:
             self.kafka.commit_offsets(batch.topic, offsets)
@@ -131,7 +153,6 @@ class Pipeline:
         return committed
 
     def _not_ingested(self, batch: Batch) -> list[OffsetRange]:
-        """For each partition one range that holds all that is left; what lies between may be ingested already."""
         with self.database.begin() as connection:
             self.database.check_schema(connection)
             topic = ledger.find_topic(connection, batch.kafka_topic_id)
@@ -139,12 +160,7 @@ class Pipeline:
         if topic is None:
             register_topic(self.settings, self.kafka, self.database, self.kafka.check_topic(batch))
             return self._not_ingested(batch)
-        left = subtract(batch.ranges, [span for spans in done.values() for span in spans])
-        partitions = sorted({span.partition for span in left})
-        return [
-            OffsetRange(p, min(s.start for s in left if s.partition == p), max(s.end for s in left if s.partition == p))
-            for p in partitions
-        ]
+        return subtract(batch.ranges, [span for spans in done.values() for span in spans])
 
     def _prefixes(self, batch: Batch) -> dict[int, int]:
         with self.database.begin() as connection:

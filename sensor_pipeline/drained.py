@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,18 +90,14 @@ class FrameBuilder:
         self._machine += decoded.machine_id
         self._values += decoded.values
         for at, (reason, detail) in decoded.rejected:
-            key, headers = records.key_and_headers(at)
-            self.rejected.append(
-                RejectedMessage(
-                    partition=int(records.partition[at]),
-                    offset=int(records.offset[at]),
-                    key=key,
-                    payload=records.value[at],
-                    headers=headers,
-                    reason=str(reason),
-                    detail=detail,
-                )
-            )
+            self.rejected.append(_rejected(records, at, str(reason), detail))
+
+    def reject(self, records: Records, details: Mapping[tuple[int, int], str], reason: str) -> None:
+        """Add those of a chunk's records that `details` names, by partition and offset, as rejected messages."""
+        places = zip(records.partition.tolist(), records.offset.tolist(), strict=True)
+        self.rejected += [
+            _rejected(records, at, reason, details[place]) for at, place in enumerate(places) if place in details
+        ]
 
     def frame(self) -> pd.DataFrame:
         """The readings collected so far, as `Drained` describes them."""
@@ -119,6 +115,19 @@ class FrameBuilder:
                 "values": values,
             }
         )
+
+
+def _rejected(records: Records, at: int, reason: str, detail: str) -> RejectedMessage:
+    key, headers = records.key_and_headers(at)
+    return RejectedMessage(
+        partition=int(records.partition[at]),
+        offset=int(records.offset[at]),
+        key=key,
+        payload=records.value[at],
+        headers=headers,
+        reason=str(reason),
+        detail=detail,
+    )
 
 
 def within(readings: pd.DataFrame, ranges: Sequence[OffsetRange]) -> NDArray[np.bool_]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,7 +37,7 @@ from sensor_pipeline.errors import (
     TopicReplacedError,
     UnavailableError,
 )
-from sensor_pipeline.offsets import Batch, OffsetRange, total
+from sensor_pipeline.offsets import Batch, OffsetRange, hull, intersect, total
 from sensor_pipeline.settings import KAFKA_CLIENT_PREFIX, Settings
 
 log = logging.getLogger(__name__)
@@ -58,6 +57,19 @@ _AUTHORIZATION = {
 }
 _AUTHENTICATION = {KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL}
 _NO_SUCH_TOPIC = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
+# Said for a moment after a topic is made, a broker starts or a leader changes; not every client call waits it out.
+_ASK_AGAIN = {
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.OFFSET_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.KAFKA_STORAGE_ERROR,
+}
+_ASK_AGAIN_SECONDS = 0.1
 _OUT_OF_RANGE = {KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET}
 
 
@@ -96,8 +108,9 @@ class Kafka:
         Raises:
             ConfigurationError: there is none of this name, or the broker is too old to have topic ids.
         """
-        future = self._call(lambda: self._admin_client().describe_topics(TopicCollection([name])), name)[name]
-        description = self._result(future, name)
+        description = self._ask(
+            lambda: self._admin_client().describe_topics(TopicCollection([name]))[name].result(self._timeout + 10), name
+        )
         topic_id = str(description.topic_id)
         if topic_id == _NO_TOPIC_ID:
             raise ConfigurationError(
@@ -124,20 +137,14 @@ class Kafka:
         """The group's committed offset for each partition that has one."""
         with self._consumer() as consumer:
             wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
-            found = self._call(lambda: consumer.committed(wanted, timeout=self._timeout), topic.name)
-        for entry in found:
-            if entry.error is not None:
-                raise self._error(entry.error, topic.name)
+            found = self._ask(lambda: _checked(consumer.committed(wanted, timeout=self._timeout)), topic.name)
         return {entry.partition: entry.offset for entry in found if entry.offset >= 0}
 
     def commit_offsets(self, topic: str, offsets: Mapping[int, int]) -> None:
         """Commit the group's offset for each partition, synchronously, each partition's answer checked."""
         with self._consumer() as consumer:
             wanted = [TopicPartition(topic, p, offset) for p, offset in sorted(offsets.items())]
-            done = self._call(lambda: consumer.commit(offsets=wanted, asynchronous=False), topic)
-        for entry in done:
-            if entry.error is not None:
-                raise self._error(entry.error, topic)
+            self._ask(lambda: _checked(consumer.commit(offsets=wanted, asynchronous=False)), topic)
 
     def check_topic(self, batch: Batch) -> Topic:
         """The batch's topic, if it still is the one that the batch was planned for.
@@ -153,33 +160,34 @@ class Kafka:
             )
         return topic
 
-    def drain(self, batch: Batch, ranges: Sequence[OffsetRange]) -> Iterator[Records | list[OffsetRange]]:
-        """Read `ranges`, at most one a partition, of the batch's topic.
+    def drain(self, batch: Batch, wanted: Sequence[OffsetRange]) -> Iterator[Records | list[OffsetRange]]:
+        """Read offsets of the batch's topic; what lies between two wanted ranges of a partition is read too.
 
         Yields:
             Chunks of records as they come, and at last the list of offsets that hold no record.
 
         Raises:
-            GapError: Kafka no longer has some of the offsets.
+            GapError: Kafka no longer has some of the wanted offsets.
             TopicReplacedError: the topic is not, or no longer, the one that the batch was planned for.
         """
         topic = self.check_topic(batch)
-        self._check_ranges(topic, ranges)
-        progress = _Progress(ranges)
+        self._check_ranges(topic, wanted)
+        progress = _Progress(hull(wanted))
         with self._consumer() as consumer:
-            consumer.assign([TopicPartition(topic.name, r.partition, r.start) for r in ranges])
+            consumer.assign([TopicPartition(topic.name, r.partition, r.start) for r in progress.open])
             stalled_at = time.monotonic() + self._stall_timeout
             while left := progress.open:
-                wanted = min(_CHUNK_MESSAGES, total(left))
+                most = min(_CHUNK_MESSAGES, total(left))
                 before = progress.position()
-                messages = self._call(partial(consumer.consume, wanted, _POLL_SECONDS), topic.name)
-                if records := self._take(topic, messages, progress):
+                messages = self._call(partial(consumer.consume, most, _POLL_SECONDS), topic.name)
+                if records := self._take(batch, messages, progress, wanted):
                     yield records
-                if len(messages) < wanted:
+                if len(messages) < most:
                     self._advance_by_position(consumer, topic, progress)
                 if progress.position() != before:
                     stalled_at = time.monotonic() + self._stall_timeout
                 elif time.monotonic() > stalled_at:
+                    self.check_topic(batch)
                     raise UnavailableError(
                         f"no progress for {self._stall_timeout:.0f} s while reading {topic.name} "
                         f"{' '.join(map(str, left))} from {self._servers}{self._said()}; check it, then try again"
@@ -187,27 +195,27 @@ class Kafka:
         self.check_topic(batch)
         yield progress.no_record
 
-    def _check_ranges(self, topic: Topic, ranges: Sequence[OffsetRange]) -> None:
-        unknown = [r.partition for r in ranges if r.partition not in topic.partitions]
+    def _check_ranges(self, topic: Topic, wanted: Sequence[OffsetRange]) -> None:
+        unknown = sorted({r.partition for r in wanted} - set(topic.partitions))
         if unknown:
             raise ConfigurationError(f"topic {topic.name} has no partition {', '.join(map(str, unknown))}")
-        first = self.first_offsets(topic)
+        self._check_gap(topic, wanted)
         end = self.end_offsets(topic)
-        lost = [
-            OffsetRange(r.partition, r.start, min(r.end, first[r.partition]))
-            for r in ranges
-            if r.start < first[r.partition]
-        ]
-        if lost:
-            raise gap_error(topic.name, lost)
-        early = [f"{r} (its end is {end[r.partition]})" for r in ranges if r.end > end[r.partition]]
+        early = [f"{r} (its end is {end[r.partition]})" for r in wanted if r.end > end[r.partition]]
         if early:
             raise UnavailableError(
                 f"topic {topic.name} does not reach as far as the batch yet, or an open transaction holds it back: "
                 f"{', '.join(early)}; correct the ranges, or try again later"
             )
 
-    def _take(self, topic: Topic, messages: Sequence[Message], progress: _Progress) -> Records | None:
+    def _check_gap(self, topic: Topic, wanted: Sequence[OffsetRange]) -> None:
+        gone = [OffsetRange(p, 0, first) for p, first in self.first_offsets(topic).items()]
+        if lost := intersect(wanted, gone):
+            raise gap_error(topic.name, lost)
+
+    def _take(
+        self, batch: Batch, messages: Sequence[Message], progress: _Progress, wanted: Sequence[OffsetRange]
+    ) -> Records | None:
         delivered = [message for message in messages if message.error() is None]
         partition = np.array([message.partition() for message in delivered], np.int32)
         offset = np.array([message.offset() for message in delivered], np.int64)
@@ -216,10 +224,13 @@ class Kafka:
         for message in messages:
             if (error := message.error()) is None:
                 continue
+            topic = self.check_topic(batch)
+            if error.code() in _OUT_OF_RANGE:
+                self._check_gap(topic, wanted)
             if error.code() != KafkaError._PARTITION_EOF:
-                self._raise_while_reading(topic, error, progress)
+                raise self._error(error, topic.name)
             progress.reached(message.partition(), message.offset())  # type: ignore[arg-type]
-        kept = [message for message, wanted in zip(delivered, keep, strict=True) if wanted]
+        kept = [message for message, is_kept in zip(delivered, keep, strict=True) if is_kept]
         if not kept:
             return None
         return Records(
@@ -237,27 +248,16 @@ class Kafka:
             if entry.offset != OFFSET_INVALID:
                 progress.reached(entry.partition, entry.offset)
 
-    def _raise_while_reading(self, topic: Topic, error: KafkaError, progress: _Progress) -> None:
-        if error.code() in _OUT_OF_RANGE:
-            first = self.first_offsets(topic)
-            lost = [
-                OffsetRange(r.partition, r.start, min(r.end, first[r.partition]))
-                for r in progress.open
-                if r.start < first[r.partition]
-            ]
-            if lost:
-                raise gap_error(topic.name, lost)
-        raise self._error(error, topic.name)
-
     def _list_offsets(self, topic: Topic, spec: OffsetSpec) -> dict[int, int]:
         request = {TopicPartition(topic.name, p): spec for p in topic.partitions}
-        futures = self._call(
-            lambda: self._admin_client().list_offsets(
+
+        def ask() -> dict[int, int]:
+            futures = self._admin_client().list_offsets(
                 request, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=self._timeout
-            ),
-            topic.name,
-        )
-        return {tp.partition: self._result(future, topic.name).offset for tp, future in futures.items()}
+            )
+            return {tp.partition: future.result(self._timeout + 10).offset for tp, future in futures.items()}
+
+        return self._ask(ask, topic.name)
 
     def _admin_client(self) -> AdminClient:
         if self._admin is None:
@@ -292,15 +292,20 @@ class Kafka:
     def _said(self) -> str:
         return f" (librdkafka: {self._last_error.str()})" if self._last_error is not None else ""
 
+    def _ask(self, request: Callable[[], T], topic: str) -> T:
+        """A request whose answer may be to ask again in a moment."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                return request()
+            except KafkaException as error:
+                if error.args[0].code() not in _ASK_AGAIN or time.monotonic() > deadline:
+                    raise self._error(error.args[0], topic) from error
+            time.sleep(_ASK_AGAIN_SECONDS)
+
     def _call(self, request: Callable[[], T], topic: str) -> T:
         try:
             return request()
-        except KafkaException as error:
-            raise self._error(error.args[0], topic) from error
-
-    def _result(self, future: Future[Any], topic: str) -> Any:
-        try:
-            return future.result(self._timeout + 10)
         except KafkaException as error:
             raise self._error(error.args[0], topic) from error
 
@@ -311,6 +316,14 @@ class Kafka:
             # The request only timed out; this is why.
             error = heard
         return translate(error, topic, self._servers, self._said())
+
+
+def _checked(answers: Sequence[TopicPartition] | None) -> Sequence[TopicPartition]:
+    """An answer for each partition, each of which may be an error of its own."""
+    for answer in answers or ():
+        if answer.error is not None:
+            raise KafkaException(answer.error)
+    return answers or ()
 
 
 def translate(error: KafkaError, topic: str, servers: str, said: str = "") -> SensorPipelineError:

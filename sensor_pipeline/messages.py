@@ -50,6 +50,8 @@ class Reason(StrEnum):
     VALUE_BEYOND_NUMERIC = "value_beyond_numeric"
     STRING_HAS_NUL = "string_has_nul"
     STRING_HAS_LONE_SURROGATE = "string_has_lone_surrogate"
+    # Said by the database, not by the decoder.
+    REFUSED_BY_DATABASE = "refused_by_database"
 
 
 class Rejection(NamedTuple):

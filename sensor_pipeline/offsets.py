@@ -91,6 +91,11 @@ def intersect(ranges: Iterable[OffsetRange], others: Iterable[OffsetRange]) -> l
     return subtract(ranges, subtract(ranges, others))
 
 
+def hull(ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
+    """For each partition the one range that holds all of its ranges and what lies between them."""
+    return [OffsetRange(p, spans[0].start, max(s.end for s in spans)) for p, spans in _by_partition(ranges).items()]
+
+
 def contiguous_prefix(ingested: Iterable[OffsetRange]) -> int:
     """The end of the unbroken run of one partition's offsets that begins at 0: what a group may commit."""
     end = 0

@@ -20,10 +20,23 @@ from sensor_pipeline.embedded.kafka import KafkaBroker
 from sensor_pipeline.embedded.postgres import PostgresServer
 from sensor_pipeline.postgres.migrations import migrate
 from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.data import NEEDS_DATA
 
 _numbers = itertools.count(1)
 
 os.environ["DAGSTER_DISABLE_TELEMETRY"] = "yes"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a skipped test is a failure, unless data is missing that no registry has."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("CI") or reporter is None:
+        return
+    skipped = [report for report in reporter.stats.get("skipped", []) if NEEDS_DATA not in str(report.longrepr)]
+    if skipped and session.exitstatus == pytest.ExitCode.OK:
+        reporter.write_line(f"CI skips no test, but {len(skipped)} were: {[r.nodeid for r in skipped]}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

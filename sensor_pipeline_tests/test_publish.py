@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -11,9 +12,9 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ from sensor_pipeline.embedded import ports
 from sensor_pipeline.embedded.kafka import KafkaBroker
 from sensor_pipeline.errors import ConfigurationError, DataError, UnavailableError
 from sensor_pipeline.fleet import Fleet
+from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.publish import Pace, Publisher
 from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.data import needs_data, valve_files
 
-CHECKOUT = Path(__file__).parents[1]
-DATA = Path(os.environ.get("SENSOR_PIPELINE_DATA") or CHECKOUT.parent / "shared" / "data")
 WAIT_SECONDS = 60
+
+_numbers = itertools.count(1)
 
 
 class Published(NamedTuple):
@@ -63,8 +66,10 @@ def published(settings: Settings) -> list[Published]:
     open_partitions = set(consumer.list_topics(topic, timeout=WAIT_SECONDS).topics[topic].partitions)
     consumer.assign([TopicPartition(topic, partition, 0) for partition in open_partitions])
     messages: list[Published] = []
+    deadline = time.monotonic() + WAIT_SECONDS
     while open_partitions:
-        for message in consumer.consume(1_000, WAIT_SECONDS):
+        assert time.monotonic() < deadline
+        for message in consumer.consume(1_000, timeout=0.1):
             error = message.error()
             if error is None:
                 messages.append(Published(message.partition(), message.key(), message.value()))
@@ -73,6 +78,18 @@ def published(settings: Settings) -> list[Published]:
                 open_partitions.discard(message.partition())
     consumer.close()
     return sorted(messages, key=lambda message: message.partition)
+
+
+def create_topic(settings: Settings, topic: str, partitions: int, **config: str) -> None:
+    """Returns when the broker knows the topic: that is a little after the controller has made it."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
+    admin.create_topics([NewTopic(topic, partitions, 1, config=config)])[topic].result()
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        with suppress(ConfigurationError):
+            Kafka(settings).topic(topic)
+            return
+        assert time.monotonic() < deadline
 
 
 def kafka_env(settings: Settings) -> dict[str, str]:
@@ -110,7 +127,16 @@ def failures(messages: Sequence[Published]) -> int:
         document = message.document
         machines[document["machine_id"]].append((document["timestamp"], document["readings"]["has_failure"]))
     flags = [[False, *(failing for _, failing in sorted(machine))] for machine in machines.values()]
-    return sum(now and not before for machine in flags for before, now in pairwise(machine))
+    return sum(now and not before for machine in flags for before, now in itertools.pairwise(machine))
+
+
+@pytest.fixture
+def settings(broker: KafkaBroker) -> Settings:
+    """A fresh topic of four partitions; no database."""
+    topic = f"published-{next(_numbers)}"
+    settings = Settings(kafka_bootstrap_servers=broker.bootstrap_servers, kafka_topics=(topic,))
+    create_topic(settings, topic, 4)
+    return settings
 
 
 @pytest.fixture(autouse=True)
@@ -160,24 +186,25 @@ def test_a_message_that_is_too_large_for_the_producer_is_an_error(settings: Sett
 
 def test_a_message_that_the_broker_refuses_is_an_error_and_the_others_are_counted(settings: Settings) -> None:
     topic = f"{settings.kafka_topics[0]}-small"
-    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
-    admin.create_topics([NewTopic(topic, 1, 1, config={"max.message.bytes": "1000"})])[topic].result()
+    create_topic(settings, topic, 1, **{"max.message.bytes": "1000"})
     publisher = Publisher(settings, topic)
-    with pytest.raises(DataError, match="refuses a message for topic"), publisher:
-        publisher.send(b"small")
+    publisher.send(b"small")
+    publisher.flush()
+    publisher.send(b"x" * 5_000)
+    with pytest.raises(DataError, match="refuses a message for topic"):
         publisher.flush()
-        publisher.send(b"x" * 5_000)
     assert publisher.published == {0: 1}
 
 
 def test_what_an_error_interrupts_is_not_sent_later(settings: Settings) -> None:
     publisher = Publisher(settings, settings.kafka_topics[0])
-    with pytest.raises(KeyboardInterrupt), publisher:
+    with suppress(KeyboardInterrupt), publisher:
         for number in range(100):
             publisher.send(str(number).encode())
         raise KeyboardInterrupt
     assert publisher.pending == 0
-    assert publisher.published == {p: Counter(m.partition for m in published(settings))[p] for p in range(4)}
+    partitions = Counter(message.partition for message in published(settings))
+    assert publisher.published == {partition: partitions[partition] for partition in range(4)}
 
 
 @given(
@@ -237,7 +264,7 @@ def test_simulate_publishes_the_fleet_of_its_seed_and_start(settings: Settings) 
     assert run(settings, "simulate", "--count", 1_000, "--rate", 0, *arguments).exit_code == 0
     start = datetime(2026, 1, 1, 12, tzinfo=UTC)
     fleet = Fleet(seed=7, start=start, rate=10, machines=3, sensors=2)
-    assert {m.value for m in published(settings)} == {r.message for r in islice(fleet.readings(), 1_000)}
+    assert {m.value for m in published(settings)} == {r.message for r in itertools.islice(fleet.readings(), 1_000)}
 
 
 def test_simulate_keyed_keeps_each_machine_in_one_partition(settings: Settings) -> None:
@@ -268,18 +295,26 @@ def test_simulate_delivers_and_reports_when_a_signal_ends_it(settings: Settings,
     assert report["readings"] == sum(report["partitions"].values()) == len(published(settings))
 
 
-@pytest.fixture
-def own_broker(tmp_path: Path) -> Iterator[KafkaBroker]:
-    """One that a test may stop."""
-    broker = KafkaBroker(tmp_path / "kafka", ports.any_free())
-    broker.start()
-    broker.create_topic("readings", 4)
+@pytest.fixture(scope="module")
+def stoppable_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+    broker = KafkaBroker(tmp_path_factory.mktemp("stoppable"), ports.any_free())
     yield broker
     broker.stop()
 
 
-def test_simulate_waits_for_a_broker_that_went_away_and_says_so_once(own_broker: KafkaBroker) -> None:
-    settings = Settings(kafka_bootstrap_servers=own_broker.bootstrap_servers, kafka_topics=("readings",))
+@pytest.fixture
+def own(stoppable_broker: KafkaBroker) -> tuple[KafkaBroker, Settings]:
+    """A broker that a test may stop, running, and a fresh topic on it."""
+    if stoppable_broker.child is None:
+        stoppable_broker.start()
+    topic = f"published-{next(_numbers)}"
+    settings = Settings(kafka_bootstrap_servers=stoppable_broker.bootstrap_servers, kafka_topics=(topic,))
+    create_topic(settings, topic, 4)
+    return stoppable_broker, settings
+
+
+def test_simulate_waits_for_a_broker_that_went_away_and_says_so_once(own: tuple[KafkaBroker, Settings]) -> None:
+    own_broker, settings = own
     process = started(settings, "simulate", "--rate", "200", "--json")
     await_readings(settings, 1)
     own_broker.stop()
@@ -293,16 +328,27 @@ def test_simulate_waits_for_a_broker_that_went_away_and_says_so_once(own_broker:
     assert json.loads(out)["readings"] == len({message.value for message in published(settings)})
 
 
-def test_what_is_not_delivered_in_time_is_counted_in_the_error(own_broker: KafkaBroker) -> None:
-    settings = Settings(kafka_bootstrap_servers=own_broker.bootstrap_servers, kafka_topics=("readings",))
-    publisher = Publisher(settings, "readings", patience=1)
-    publisher.send(b"{}")
-    publisher.flush()
+def test_what_is_not_delivered_in_time_is_counted_in_the_error(own: tuple[KafkaBroker, Settings]) -> None:
+    own_broker, settings = own
+    topic = settings.kafka_topics[0]
+    short_queue = replace(settings, kafka_client={"queue.buffering.max.messages": "10"})
+    patient, impatient, full = (
+        Publisher(settings, topic),
+        Publisher(settings, topic, patience=1),
+        Publisher(short_queue, topic, patience=1),
+    )
     own_broker.stop()
-    with pytest.raises(UnavailableError, match=r"3 of 4 messages were not delivered to topic readings.*check that"):
+    for publisher in (patient, impatient):
         for _ in range(3):
             publisher.send(b"{}")
-        publisher.flush()
+    with pytest.raises(UnavailableError, match=r"3 of 3 messages were not delivered to topic published.*check that"):
+        patient.flush(within=1)
+    with pytest.raises(UnavailableError, match="3 of 3 messages were not delivered"):
+        impatient.flush()
+    for _ in range(10):
+        full.send(b"{}")
+    with pytest.raises(UnavailableError, match="10 of 10 messages were not delivered"):
+        full.send(b"{}")
 
 
 @pytest.mark.parametrize(
@@ -503,10 +549,9 @@ def test_an_interrupted_command_says_how_much_was_published(
     assert len(published(settings)) == 7
 
 
+@needs_data
 def test_the_labelled_experiments_become_sixteen_machines(settings: Settings) -> None:
-    files = sorted((DATA / "skab" / "valve1").glob("*.csv"))
-    if not files:
-        pytest.skip(f"the labelled data is not at {DATA} (SENSOR_PIPELINE_DATA names another folder)")
+    files = valve_files()
     options = ["--time-column", "datetime", "--failure-column", "anomaly", "--exclude", "changepoint"]
     messages = messages_of(settings, *files, *options)
     expected = Counter()

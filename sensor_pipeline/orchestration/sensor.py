@@ -27,9 +27,10 @@ from sensor_pipeline.orchestration import config
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.settings import BATCHES_IN_FLIGHT, Settings
 
-LANE_TAG = "sensor_pipeline/lane"
-TOPIC_TAG = "sensor_pipeline/topic"
-RANGES_TAG = "sensor_pipeline/ranges"
+# dagster.yaml limits the runs of a lane by this tag.
+LANE_TAG = "lane"
+TOPIC_TAG = "topic"
+RANGES_TAG = "ranges"
 
 _IN_FLIGHT = [
     DagsterRunStatus.NOT_STARTED,
@@ -152,7 +153,7 @@ def _request(batch: Batch, planned: Planned) -> RunRequest:
         run_config=config.to_run_config(batch),
         tags={
             TOPIC_TAG: batch.topic,
-            LANE_TAG: f"{batch.topic}/{planned.lane}",
+            LANE_TAG: f"{planned.lane}@{batch.topic}",
             RANGES_TAG: ranges if len(ranges) <= _TAG_CHARACTERS else ranges[:_TAG_CHARACTERS] + "…",
         },
     )

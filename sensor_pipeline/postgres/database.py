@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import sqlalchemy as sa
+from psycopg2 import DataError as DriverDataError
 from psycopg2 import Error as DriverError
+from psycopg2 import IntegrityError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -104,8 +106,16 @@ class Database:
                 f"PostgreSQL at {self.name} does not let {self._user} do this: {said}; have the right granted, or "
                 "correct POSTGRES_USER, _PASSWORD and _DB"
             )
-        if state[:2] in ("22", "23"):
+        if about_content(error):
             return DataError(f"PostgreSQL at {self.name} refuses a row for its content ({state}): {said}")
         return UnavailableError(
             f"PostgreSQL at {self.name} could not do it now ({state}): {said}; nothing was changed, try again"
         )
+
+
+def about_content(error: BaseException | None) -> bool:
+    """Whether the database refused a row for what it holds, rather than for the state that the database is in."""
+    if isinstance(error, IntegrityError):
+        # One that names neither says that a partition is missing.
+        return bool(error.diag.constraint_name or error.diag.column_name)
+    return isinstance(error, DriverDataError)

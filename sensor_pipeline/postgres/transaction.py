@@ -34,6 +34,7 @@ from sensor_pipeline.postgres.copy import copy_readings
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.days import ensure_days
 from sensor_pipeline.postgres.episodes import FailureEvent, settle
+from sensor_pipeline.postgres.refused import Refused, RowsRefusedError, insert
 
 _SETTINGS = sa.text("SET LOCAL jit = off")
 _MACHINES = sa.text("SELECT id, machine_id FROM machines WHERE machine_id = ANY (CAST(:names AS text[]))")
@@ -117,6 +118,7 @@ def write(database: Database, batch: Batch, drained: Drained, detected: pd.DataF
 
     Raises:
         ConservationError: the batch does not add up; nothing was written.
+        RowsRefusedError: the database refuses some readings for their content; nothing was written.
     """
     ensure_days(database, _days(detected))
     with database.begin() as connection:
@@ -210,25 +212,41 @@ class _Transaction:
         found = self._known_machines(names)
         missing = sorted(set(names) - found.keys())
         if missing:
-            self._connection.execute(_ADD_MACHINES, {"names": missing})
+            _, refused = insert(self._connection, missing, self._add_machines)
+            if refused:
+                rows = self._readings[self._readings["machine"].isin(list(refused))]
+                raise _refused(rows, [refused[name] for name in rows["machine"]])
             # Another batch may have made some of them meanwhile; only a new statement sees those.
             found |= self._known_machines(missing)
         return np.array([found[name] for name in names], np.int64)
+
+    def _add_machines(self, names: Sequence[str]) -> int:
+        return self._connection.execute(_ADD_MACHINES, {"names": list(names)}).rowcount
 
     def _known_machines(self, names: list[str]) -> dict[str, int]:
         return {row.machine_id: row.id for row in self._connection.execute(_MACHINES, {"names": names})}
 
     def _copy(self, topic_id: int, rows: pd.DataFrame, failure_id: pd.Series[int] | None = None) -> int:
-        return copy_readings(
-            self._connection,
-            topic_id=topic_id,
-            machine_id=rows["machine"].to_numpy(),
-            timestamp=rows["timestamp"].to_numpy("datetime64[us]"),
-            partition=rows["partition"].to_numpy(),
-            offset=rows["offset"].to_numpy(),
-            values=rows["values"].tolist(),
-            failure_id=None if failure_id is None else np.asarray(failure_id.loc[rows.index], np.int64),
-        )
+        ids = None if failure_id is None else np.asarray(failure_id.loc[rows.index], np.int64)
+
+        def copy(places: Sequence[int]) -> int:
+            part = slice(places[0], places[-1] + 1) if places else slice(0)
+            of = rows.iloc[part]
+            return copy_readings(
+                self._connection,
+                topic_id=topic_id,
+                machine_id=of["machine"].to_numpy(),
+                timestamp=of["timestamp"].to_numpy("datetime64[us]"),
+                partition=of["partition"].to_numpy(),
+                offset=of["offset"].to_numpy(),
+                values=of["values"].tolist(),
+                failure_id=None if ids is None else ids[part],
+            )
+
+        copied, refused = insert(self._connection, range(len(rows)), copy)
+        if refused:
+            raise _refused(rows.iloc[list(refused)], list(refused.values()))
+        return copied
 
     def _see_machines(self, readings: pd.DataFrame) -> None:
         spans = readings.groupby("machine")["timestamp"].agg(["min", "max"])
@@ -285,6 +303,11 @@ class _Transaction:
                 f"{written.already_ingested} already ingested + {written.rejected} rejected + {written.no_record} "
                 "without a record; nothing was written, run it again, and report it if it stays so"
             )
+
+
+def _refused(rows: pd.DataFrame, words: Sequence[str]) -> RowsRefusedError:
+    columns = zip(rows["partition"].tolist(), rows["offset"].tolist(), words, strict=True)
+    return RowsRefusedError([Refused(partition, offset, said) for partition, offset, said in columns])
 
 
 def _days(readings: pd.DataFrame) -> list[date]:

@@ -66,7 +66,7 @@ def test_a_backlog_becomes_one_batch_a_lane_and_the_runs_ingest_it(
     published = publish(settings, 60).published
     requests, _ = tick(settings, instance)
     topic = settings.kafka_topics[0]
-    assert [r.tags[LANE_TAG] for r in requests] == [f"{topic}/0", f"{topic}/1"]
+    assert [r.tags[LANE_TAG] for r in requests] == [f"0@{topic}", f"1@{topic}"]
     assert [r.tags[RANGES_TAG] for r in requests] == ["0:0-15 2:0-15", "1:0-15 3:0-15"]
     assert all(r.run_key is None for r in requests)
     for request in requests:
