@@ -143,14 +143,16 @@ class Pipeline:
         Another batch may commit the same partitions at the same time and be overtaken here, so it is repeated
         until the ledger stayed as it was committed. A topic that was deleted since has no group to mirror it.
         """
-        if self.kafka.topic(batch.topic).kafka_topic_id != batch.kafka_topic_id:
+        topic = self.kafka.topic(batch.topic)
+        if topic.kafka_topic_id != batch.kafka_topic_id:
             log.warning("topic %s was deleted and created again: offsets of %s are not committed", batch.topic, batch)
             return {}
-        committed: dict[int, int] = {}
-        while (offsets := self._prefixes(batch)) != committed:
+        # A group that has no offset yet says the same as one at 0.
+        committed = dict.fromkeys(batch.partitions, 0) | self.kafka.committed_offsets(topic)
+        while (offsets := self._prefixes(batch)).items() - committed.items():
             self.kafka.commit_offsets(batch.topic, offsets)
             committed = offsets
-        return committed
+        return offsets
 
     def _not_ingested(self, batch: Batch) -> list[OffsetRange]:
         with self.database.begin() as connection:
@@ -166,6 +168,4 @@ class Pipeline:
         with self.database.begin() as connection:
             topic = ledger.find_topic(connection, batch.kafka_topic_id)
             done = ledger.ingested(connection, topic.id) if topic else {}
-        prefixes = {p: contiguous_prefix(done.get(p, [])) for p in batch.partitions}
-        # An offset of 0 says nothing that no offset does not say.
-        return {p: offset for p, offset in prefixes.items() if offset}
+        return {p: contiguous_prefix(done.get(p, [])) for p in batch.partitions}

@@ -70,6 +70,13 @@ _ASK_AGAIN = {
     KafkaError.KAFKA_STORAGE_ERROR,
 }
 _ASK_AGAIN_SECONDS = 0.1
+_GROUP_IN_USE = {
+    KafkaError.UNKNOWN_MEMBER_ID,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.FENCED_INSTANCE_ID,
+    KafkaError.UNRELEASED_INSTANCE_ID,
+}
 _OUT_OF_RANGE = {KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET}
 
 
@@ -315,6 +322,11 @@ class Kafka:
         if heard is not None and heard.code() in _AUTHENTICATION:
             # The request only timed out; this is why.
             error = heard
+        if error.code() in _GROUP_IN_USE:
+            return ConfigurationError(
+                f"another consumer is active in group {self._group}, so that its offsets cannot be set (what was "
+                "ingested is in PostgreSQL); stop that consumer, or set KAFKA_GROUP_ID to a group of the pipeline's own"
+            )
         return translate(error, topic, self._servers, self._said())
 
 
@@ -374,10 +386,11 @@ def make_client(
                 "error_cb": on_error,
             }
         )
-    except KafkaException as error:
+    except (KafkaException, TypeError, ValueError, AttributeError) as error:
+        reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
         named = ", ".join(KAFKA_CLIENT_PREFIX + key.upper().replace(".", "_") for key in user_properties)
         raise ConfigurationError(
-            f"librdkafka refuses the client's settings ({error.args[0].str()}); correct {named or 'the settings'}"
+            f"librdkafka refuses the client's settings ({' '.join(reason.split())}); correct {named or 'the settings'}"
         ) from error
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import sqlalchemy as sa
@@ -40,30 +41,40 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
-    """A Kafka of this test run's own."""
-    broker = KafkaBroker(tmp_path_factory.mktemp("kafka"), ports.any_free())
-    broker.start()
-    yield broker
-    broker.stop()
+def server_folder() -> Iterator[Path]:
+    """Where the servers' data lies: not below pytest's own folder, which each session closes to other users."""
+    with TemporaryDirectory(prefix="sensor-pipeline-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+def broker(server_folder: Path) -> Iterator[KafkaBroker]:
+    """A Kafka of this test run's own."""
+    broker = KafkaBroker(server_folder / "kafka", ports.any_free())
+    broker.start()
+    try:
+        yield broker
+    finally:
+        broker.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres(server_folder: Path) -> Iterator[Settings]:
     """A PostgreSQL of this test run's own: settings that point at its migrated database."""
-    folder: Path = tmp_path_factory.mktemp("postgres")
     settings = Settings(postgres_host=ports.LOOPBACK, postgres_port=ports.any_free(), postgres_db="template")
     server = PostgresServer(
-        folder,
+        server_folder / "postgres",
         settings.postgres_port,
         user=settings.postgres_user,
         password=settings.postgres_password,
         database=settings.postgres_db,
     )
     server.start()
-    migrate(settings)
-    yield settings
-    server.stop()
+    try:
+        migrate(settings)
+        yield settings
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -215,7 +215,8 @@ def test_a_message_that_can_never_be_a_reading_is_rejected_with_its_reason(reaso
 
 
 def test_every_reason_has_a_message_here_and_a_row_in_the_documentation() -> None:
-    tried = {reason for reason, _ in REJECTED} | {Reason.TIMESTAMP_IN_FUTURE}
+    # These two take more than the message's bytes: its record's timestamp (below), and a database.
+    tried = {reason for reason, _ in REJECTED} | {Reason.TIMESTAMP_IN_FUTURE, Reason.REFUSED_BY_DATABASE}
     assert tried == set(Reason)
     codes = [row[0] for row in documented()]
     assert sorted(codes) == sorted(Reason)
@@ -454,6 +455,15 @@ def test_the_values_of_a_message_the_fast_path_does_not_take_are_the_same_values
     assert plain.values == values.encode()
     assert padded.values != plain.values
     assert pairs(padded.values) == pairs(plain.values)
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["1e-16383", "-1E-16383", "0e-16383", "0.1e-16382", "0." + "3" * 16_383, "9" * 308, "1.7976931348623157e308", "-0"],
+    ids=lambda number: number[:22],
+)
+def test_a_number_may_be_as_long_as_a_float_and_a_numeric_allow(number: str) -> None:
+    assert pairs(accepted(message(values=f'{{"a": {number}}}')).values) == pairs(f'{{"a": {number}}}')
 
 
 # A timestamp ahead of its record's
@@ -723,7 +733,7 @@ def test_both_paths_are_tried_by_these_messages_and_nearly_every_reason_too() ->
     outcomes = Counter(check(Scribe(random, random.random() / 2).message().encode(), DECODER) for _ in range(4_000))
     assert outcomes["accepted by the fast path"] > 400
     assert outcomes["accepted by the full rules"] > 100
-    assert len(outcomes) > 20
+    assert len(outcomes) > 15
 
 
 @hypothesis_settings(max_examples=300, deadline=None)

@@ -9,7 +9,7 @@ import click
 from sensor_pipeline.backlog import read_backlog
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.cli.environment import environment
-from sensor_pipeline.errors import DataError
+from sensor_pipeline.errors import ConfigurationError, DataError
 from sensor_pipeline.offsets import total
 from sensor_pipeline.postgres import ledger
 from sensor_pipeline.settings import Settings
@@ -24,6 +24,8 @@ def command(topic: str, partition: int, reason: str, yes: bool) -> None:
     """Accept that Kafka lost offsets which were never ingested, and go on after them."""
     pipeline = Pipeline(Settings.from_env(environment()))
     backlog = read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, topic)
+    if partition not in backlog.topic.partitions:
+        raise ConfigurationError(f"topic {topic} has no partition {partition}")
     gap = [span for p in backlog.partitions if p.partition == partition for span in p.gap]
     if not gap:
         raise DataError(f"topic {topic} partition {partition} has no gap: Kafka still has all that was never ingested")
@@ -35,5 +37,5 @@ def command(topic: str, partition: int, reason: str, yes: bool) -> None:
         stored = ledger.find_topic(connection, backlog.topic.kafka_topic_id)
         assert stored is not None
         ledger.lock(connection, stored.id, [partition])
-        ledger.accept_gap(connection, stored.id, gap, who=getpass.getuser(), why=reason)
-    click.echo("accepted; ingestion goes on after it")
+        accepted = ledger.accept_gap(connection, stored.id, gap, who=getpass.getuser(), why=reason)
+    click.echo("accepted; ingestion goes on after it" if accepted else "it was ingested or accepted meanwhile")

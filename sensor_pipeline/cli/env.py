@@ -20,15 +20,15 @@ _LIBPQ = {
 }
 
 
-@click.command()
+@click.command("env")
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
     default=stack_file.DATA_DIR,
     show_default=True,
-    help="Of the running stack.",
+    help="The running stack's.",
 )
-def env(data_dir: Path) -> None:
+def command(data_dir: Path) -> None:
     """Print the running stack as `export` lines: eval "$(sensor-pipeline env)"."""
     stack = stack_file.running(data_dir)
     if stack is None:

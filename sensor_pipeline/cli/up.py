@@ -14,7 +14,7 @@ import click
 
 from sensor_pipeline.embedded import check_installed
 from sensor_pipeline.embedded.stack_file import DATA_DIR
-from sensor_pipeline.errors import SensorPipelineError
+from sensor_pipeline.errors import ConfigurationError, SensorPipelineError
 from sensor_pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,19 +52,25 @@ class Interrupts:
         raise Interrupted
 
 
-@click.command()
+@click.command("up")
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path), default=DATA_DIR, show_default=True, help="Where all lies."
+    "--data-dir", type=click.Path(path_type=Path), default=DATA_DIR, show_default=True, help="Holds data and logs."
 )
 @click.option("--ui/--no-ui", default=True, help="Run Dagster's UI.")
 @click.option(
     "--simulate/--no-simulate", default=None, help="Publish a simulated fleet. Default: only to an embedded Kafka."
 )
-@click.option("--machines", type=click.IntRange(1, 100_000), default=20, show_default=True, help="In the fleet.")
 @click.option(
-    "--rate", type=click.FloatRange(0, 1e6, min_open=True), default=200, show_default=True, help="Readings/s in all."
+    "--machines", type=click.IntRange(1, 100_000), default=20, show_default=True, help="Machines in the fleet."
 )
-def up(data_dir: Path, ui: bool, simulate: bool | None, machines: int, rate: float) -> None:
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    default=200,
+    show_default=True,
+    help="Readings/s of the whole fleet.",
+)
+def command(data_dir: Path, ui: bool, simulate: bool | None, machines: int, rate: float) -> None:
     """Run Kafka, PostgreSQL, Dagster and a simulated fleet on this machine until Ctrl-C.
 
     Where KAFKA_BOOTSTRAP_SERVERS or POSTGRES_HOST is set, that server is used and none of that kind is started.
@@ -86,6 +92,11 @@ def up(data_dir: Path, ui: bool, simulate: bool | None, machines: int, rate: flo
                 _watch(stack, screen, interrupts)
     except Interrupted:
         pass
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise ConfigurationError(
+            f"cannot run on {data_dir} ({what}): make room or give the right to write, or name another --data-dir"
+        ) from error
     screen.say(f"stopped; `sensor-pipeline up` goes on from here (data: {stack.data_dir})")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from sensor_pipeline.offsets import OffsetRange, total
+from sensor_pipeline.offsets import OffsetRange, subtract, total
 
 _TOPICS = sa.text("SELECT id, name, kafka_topic_id FROM topics ORDER BY id")
 # The lock lets two first starts of one topic run one after the other, without burning ids on conflicts.
@@ -106,12 +106,21 @@ def lock(connection: sa.Connection, topic_id: int, partitions: Sequence[int]) ->
     connection.execute(_LOCK_ROWS, arguments)
 
 
-def accept_gap(connection: sa.Connection, topic_id: int, lost: Iterable[OffsetRange], *, who: str, why: str) -> None:
-    """Record offsets as lost and accepted; the partitions' rows are locked."""
-    for span in lost:
+def accept_gap(
+    connection: sa.Connection, topic_id: int, lost: Sequence[OffsetRange], *, who: str, why: str
+) -> list[OffsetRange]:
+    """Record offsets as lost and accepted; the partitions' rows are locked.
+
+    Returns:
+        What was recorded: not what another one ingested or accepted meanwhile.
+    """
+    done = ingested(connection, topic_id)
+    left = subtract(lost, [span for spans in done.values() for span in spans])
+    for span in left:
         common = {"topic_id": topic_id, "partition": span.partition, "start": span.start, "end": span.end}
         connection.execute(_ACCEPT, {**common, "who": who, "why": why})
         connection.execute(_ADD, {**common, "readings": 0, "rejected": 0, "no_record": 0, "lost": len(span)})
+    return left
 
 
 def add(
