@@ -41,11 +41,11 @@ def read_backlog(settings: Settings, kafka: Kafka, database: Database, name: str
     if done is None:
         register_topic(settings, kafka, database, topic)
         done = _ingested(database, topic) or {}
-    partitions = tuple(
-        PartitionBacklog(partition=p, first=first[p], end=end[p], ingested=tuple(done.get(p, ())))
-        for p in topic.partitions
-    )
-    return TopicBacklog(topic, partitions)
+    backlog = _combine(topic, first, end, done)
+    if any(partition.cut_off for partition in backlog.partitions):
+        # A batch may have been ingested between the two looks; now Kafka's is the later one.
+        backlog = _combine(topic, first, kafka.end_offsets(topic), done)
+    return backlog
 
 
 def register_topic(settings: Settings, kafka: Kafka, database: Database, topic: Topic) -> None:
@@ -60,6 +60,16 @@ def register_topic(settings: Settings, kafka: Kafka, database: Database, topic: 
     starts = {} if known_name else _first_starts(settings, kafka, topic)
     with database.begin() as connection:
         ledger.add_topic(connection, topic.name, topic.kafka_topic_id, starts)
+
+
+def _combine(
+    topic: Topic, first: Mapping[int, int], end: Mapping[int, int], done: Mapping[int, list[OffsetRange]]
+) -> TopicBacklog:
+    partitions = tuple(
+        PartitionBacklog(partition=p, first=first[p], end=end[p], ingested=tuple(done.get(p, ())))
+        for p in topic.partitions
+    )
+    return TopicBacklog(topic, partitions)
 
 
 def _first_starts(settings: Settings, kafka: Kafka, topic: Topic) -> Mapping[int, FirstStart]:

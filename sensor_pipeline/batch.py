@@ -149,10 +149,10 @@ class Pipeline:
             return {}
         # A group that has no offset yet says the same as one at 0.
         committed = dict.fromkeys(batch.partitions, 0) | self.kafka.committed_offsets(topic)
-        while (offsets := self._prefixes(batch)).items() - committed.items():
-            self.kafka.commit_offsets(batch.topic, offsets)
-            committed = offsets
-        return offsets
+        while stale := {p: offset for p, offset in self._prefixes(batch).items() if offset != committed[p]}:
+            self.kafka.commit_offsets(batch.topic, stale)
+            committed |= stale
+        return {p: committed[p] for p in batch.partitions}
 
     def _not_ingested(self, batch: Batch) -> list[OffsetRange]:
         with self.database.begin() as connection:

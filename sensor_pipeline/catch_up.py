@@ -53,6 +53,7 @@ class CatchUp:
         """
         problems: list[str] = []
         for backlog in backlogs:
+            problems += [f"topic {backlog.topic.name} {said}" for p in backlog.partitions if (said := p.cut_off)]
             ends = {p.partition: p.end for p in backlog.partitions}
             lanes = range(self._pipeline.settings.lanes)
             with ThreadPoolExecutor(len(lanes), "lane") as pool:

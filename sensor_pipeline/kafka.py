@@ -18,6 +18,7 @@ import numpy as np
 from confluent_kafka import (
     OFFSET_INVALID,
     Consumer,
+    ConsumerGroupTopicPartitions,
     IsolationLevel,
     KafkaError,
     KafkaException,
@@ -142,16 +143,14 @@ class Kafka:
 
     def committed_offsets(self, topic: Topic) -> dict[int, int]:
         """The group's committed offset for each partition that has one."""
-        with self._consumer() as consumer:
-            wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
-            found = self._ask(lambda: _checked(consumer.committed(wanted, timeout=self._timeout)), topic.name)
+        wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
+        found = self._ask_group(AdminClient.list_consumer_group_offsets, wanted, topic.name)
         return {entry.partition: entry.offset for entry in found if entry.offset >= 0}
 
     def commit_offsets(self, topic: str, offsets: Mapping[int, int]) -> None:
-        """Commit the group's offset for each partition, synchronously, each partition's answer checked."""
-        with self._consumer() as consumer:
-            wanted = [TopicPartition(topic, p, offset) for p, offset in sorted(offsets.items())]
-            self._ask(lambda: _checked(consumer.commit(offsets=wanted, asynchronous=False)), topic)
+        """Commit the group's offset for each partition, each partition's answer checked."""
+        wanted = [TopicPartition(topic, p, offset) for p, offset in sorted(offsets.items())]
+        self._ask_group(AdminClient.alter_consumer_group_offsets, wanted, topic)
 
     def check_topic(self, batch: Batch) -> Topic:
         """The batch's topic, if it still is the one that the batch was planned for.
@@ -266,6 +265,17 @@ class Kafka:
 
         return self._ask(ask, topic.name)
 
+    def _ask_group(
+        self, request: Callable[..., dict[str, Any]], partitions: Sequence[TopicPartition], topic: str
+    ) -> Sequence[TopicPartition]:
+        # A consumer's own commit would wait for its session's time-out where the broker is away.
+        def ask() -> Sequence[TopicPartition]:
+            group = ConsumerGroupTopicPartitions(self._group, list(partitions))
+            answer = request(self._admin_client(), [group], request_timeout=self._timeout)[self._group]
+            return _checked(answer.result(self._timeout + 10).topic_partitions)
+
+        return self._ask(ask, topic)
+
     def _admin_client(self) -> AdminClient:
         if self._admin is None:
             self._admin = self._make(AdminClient, {"socket.timeout.ms": int(self._timeout * 1000)})
@@ -293,8 +303,12 @@ class Kafka:
         return make_client(client, self._servers, self._properties, properties, self._heard)
 
     def _heard(self, error: KafkaError) -> None:
-        """Librdkafka's own reconnecting goes on behind this: what it said last explains a later time-out."""
-        self._last_error = error
+        """Librdkafka reconnects by itself behind this: what it said explains a time-out that follows.
+
+        A refused log-in comes with lines that say less, before and after it.
+        """
+        if self._last_error is None or self._last_error.code() not in _AUTHENTICATION:
+            self._last_error = error
 
     def _said(self) -> str:
         return f" (librdkafka: {self._last_error.str()})" if self._last_error is not None else ""
@@ -304,11 +318,14 @@ class Kafka:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                return request()
+                answer = request()
             except KafkaException as error:
                 if error.args[0].code() not in _ASK_AGAIN or time.monotonic() > deadline:
                     raise self._error(error.args[0], topic) from error
-            time.sleep(_ASK_AGAIN_SECONDS)
+                time.sleep(_ASK_AGAIN_SECONDS)
+            else:
+                self._last_error = None
+                return answer
 
     def _call(self, request: Callable[[], T], topic: str) -> T:
         try:
@@ -318,6 +335,8 @@ class Kafka:
 
     def _error(self, error: KafkaError, topic: str) -> SensorPipelineError:
         """A Kafka error as one of ours, by its code."""
+        if self._admin is not None:
+            self._admin.poll(0)  # it says what it has heard only when asked
         heard = self._last_error
         if heard is not None and heard.code() in _AUTHENTICATION:
             # The request only timed out; this is why.
@@ -327,7 +346,7 @@ class Kafka:
                 f"another consumer is active in group {self._group}, so that its offsets cannot be set (what was "
                 "ingested is in PostgreSQL); stop that consumer, or set KAFKA_GROUP_ID to a group of the pipeline's own"
             )
-        return translate(error, topic, self._servers, self._said())
+        return translate(error, topic, self._servers, self._said(), secured=bool(self._properties))
 
 
 def _checked(answers: Sequence[TopicPartition] | None) -> Sequence[TopicPartition]:
@@ -338,8 +357,10 @@ def _checked(answers: Sequence[TopicPartition] | None) -> Sequence[TopicPartitio
     return answers or ()
 
 
-def translate(error: KafkaError, topic: str, servers: str, said: str = "") -> SensorPipelineError:
-    """A Kafka error as one of this package's, split by remedy."""
+def translate(
+    error: KafkaError, topic: str, servers: str, said: str = "", *, secured: bool = False
+) -> SensorPipelineError:
+    """A Kafka error as one of this package's, split by remedy; `secured`: there are `KAFKA_CLIENT_…` settings."""
     code = error.code()
     if code in _NO_SUCH_TOPIC:
         return ConfigurationError(
@@ -355,9 +376,12 @@ def translate(error: KafkaError, topic: str, servers: str, said: str = "") -> Se
             f"Kafka at {servers} refused the log-in or the TLS handshake ({error.str()}); check the "
             f"{KAFKA_CLIENT_PREFIX}… settings (SECURITY_PROTOCOL, SASL_…, SSL_…)"
         )
+    remedy = ", that KAFKA_BOOTSTRAP_SERVERS is right"
+    # A broker that awaits another protocol just hangs up.
+    remedy += f" and that {KAFKA_CLIENT_PREFIX}SECURITY_PROTOCOL fits it" if secured else ""
     return UnavailableError(
-        f"Kafka at {servers} did not answer for topic {topic}: {error.str()}{said}; check that it runs and that "
-        "KAFKA_BOOTSTRAP_SERVERS is right, then try again"
+        f"Kafka at {servers} did not answer for topic {topic}: {error.str()}{said}; check that it runs{remedy}, then "
+        "try again"
     )
 
 

@@ -137,6 +137,22 @@ class PartitionBacklog:
         return intersect(self.unread, [OffsetRange(self.partition, 0, self.first)])
 
     @property
+    def cut_off(self) -> str | None:
+        """What is wrong where Kafka's log ends before what was ingested from it: its offsets are being used again.
+
+        A broker that was restored from a backup, lost its disk or elected an unclean leader. What is published below
+        the ledger's end would pass for ingested.
+        """
+        ingested_to = max((span.end for span in self.ingested), default=0)
+        if ingested_to <= self.end:
+            return None
+        return (
+            f"partition {self.partition} was ingested up to offset {ingested_to}, but Kafka's log ends at {self.end}: "
+            "it lost records and uses their offsets again. Nothing of it is ingested: restore the log, or publish to "
+            "a topic that is created anew"
+        )
+
+    @property
     def next_range(self) -> OffsetRange | None:
         """The first unread range that no run owns."""
         free = subtract(self.unread, self.in_flight)
@@ -199,8 +215,10 @@ def plan(
     """
     batches: list[Planned] = []
     waiting: list[str] = []
+    waiting += [sentence for backlog in backlogs if (sentence := backlog.cut_off)]
+    sound = [backlog for backlog in backlogs if not backlog.cut_off]
     for lane in range(lanes):
-        mine = [backlog for backlog in backlogs if lane_of(backlog.partition, lanes) == lane]
+        mine = [backlog for backlog in sound if lane_of(backlog.partition, lanes) == lane]
         slots = in_flight_limit - in_flight.get(lane, 0)
         if slots <= 0 and any(backlog.next_range for backlog in mine):
             waiting.append(f"lane {lane} has {in_flight_limit} batches in flight")

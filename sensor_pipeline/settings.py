@@ -149,7 +149,7 @@ def _topics(text: str) -> tuple[str, ...]:
 def _servers(text: str) -> str:
     for server in text.split(","):
         host, _, port = server.strip().rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
             raise ValueError("must be host:port, comma-separated for several")
     return text
 

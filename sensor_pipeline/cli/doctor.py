@@ -129,6 +129,9 @@ def _clock(pipeline: Pipeline) -> str:
 
 def _backlog(pipeline: Pipeline, name: str) -> str:
     backlog = read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, name)
+    cut_off = [said for p in backlog.partitions if (said := p.cut_off)]
+    if cut_off:
+        raise ConfigurationError("; ".join(cut_off))
     gaps = [f"partition {span.partition} [{span.start}, {span.end})" for p in backlog.partitions for span in p.gap]
     if gaps:
         raise ConfigurationError(

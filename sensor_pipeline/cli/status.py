@@ -73,6 +73,7 @@ def _partitions(pipeline: Pipeline, backlog: TopicBacklog) -> list[dict[str, Any
             "committed_offset": committed.get(p.partition),
             "lag": p.lag,
             "gap": sum(map(len, p.gap)),
+            "cut_off": p.cut_off,
         }
         for p in backlog.partitions
     ]
@@ -96,6 +97,9 @@ def _show(state: Snapshot, console: Console) -> None:
             f"[red]{row['gap']:,}, see accept-gap[/]" if row["gap"] else "0",
         )
     console.print(table)
+    for row in state.partitions:
+        if row["cut_off"]:
+            console.print(f"[red]topic {row['topic']} {row['cut_off']}[/]")
     batches = Table("batch", "committed", "inserted", "already", "rejected", "failures", "seconds", box=None)
     for row in state.last_batches:
         seconds = (row["committed_at"] - row["started_at"]).total_seconds()
