@@ -376,9 +376,9 @@ def translate(
             f"Kafka at {servers} refused the log-in or the TLS handshake ({error.str()}); check the "
             f"{KAFKA_CLIENT_PREFIX}… settings (SECURITY_PROTOCOL, SASL_…, SSL_…)"
         )
-    remedy = ", that KAFKA_BOOTSTRAP_SERVERS is right"
-    # A broker that awaits another protocol just hangs up.
-    remedy += f" and that {KAFKA_CLIENT_PREFIX}SECURITY_PROTOCOL fits it" if secured else ""
+    remedy = " and that KAFKA_BOOTSTRAP_SERVERS is right"
+    if secured:  # a broker that awaits another protocol just hangs up
+        remedy = f", that KAFKA_BOOTSTRAP_SERVERS is right and that {KAFKA_CLIENT_PREFIX}SECURITY_PROTOCOL fits it"
     return UnavailableError(
         f"Kafka at {servers} did not answer for topic {topic}: {error.str()}{said}; check that it runs{remedy}, then "
         "try again"

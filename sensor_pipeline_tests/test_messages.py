@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
-from hypothesis import event, given
+from hypothesis import HealthCheck, event, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -26,6 +26,8 @@ TABLE_OF_REASONS = Path(__file__).parents[1] / "docs" / "rejected-messages.md"
 LIMIT = 50_000
 NOON = datetime(2026, 1, 1, 12)
 NOON_MS = int(NOON.replace(tzinfo=UTC).timestamp() * 1000)
+# The machine may be slow; nothing here is timed.
+unhurried = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 EMOJI = "\N{NUT AND BOLT}"
 
 
@@ -399,6 +401,7 @@ def test_a_zone_may_push_a_timestamp_out_of_range() -> None:
     accepted(last, decoder("Asia/Tokyo"))
 
 
+@unhurried
 @given(
     moment=st.datetimes(),
     separator=st.sampled_from(["T", "t", " "]),
@@ -715,7 +718,7 @@ class Scribe:
 BERLIN, SMALL = decoder("Europe/Berlin"), decoder("Asia/Tokyo", limit=300)
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(unhurried, max_examples=300)
 @given(seed=st.integers(0, 2**64), odd=st.floats(0, 0.4))
 def test_no_message_raises_and_what_the_fast_path_takes_the_full_rules_take_with_the_same_result(
     seed: int, odd: float
@@ -736,7 +739,7 @@ def test_both_paths_are_tried_by_these_messages_and_nearly_every_reason_too() ->
     assert len(outcomes) > 15
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(unhurried, max_examples=300)
 @given(seed=st.integers(0, 2**64))
 def test_no_bytes_raise_and_what_the_fast_path_takes_the_full_rules_take_with_the_same_result(seed: int) -> None:
     """Bytes cut out, put in, doubled and exchanged among all messages of this file, by the hundred."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -313,11 +314,9 @@ def test_a_failed_batch_waits_longer_each_time_and_says_until_when() -> None:
         else:
             assert planned.waiting
             assert planned.waiting[0].startswith("partition 0 failed and is tried again at ")
-    waited = [later - earlier for earlier, later in zip(launched, launched[1:], strict=False)]
+    waited = [later - earlier for earlier, later in pairwise(launched)]
     assert waited[0] >= timedelta(seconds=10)
-    assert all(
-        second > first for first, second in zip(waited, waited[1:], strict=False) if first < timedelta(minutes=10)
-    )
+    assert all(second > first for first, second in pairwise(waited) if first < timedelta(minutes=10))
     assert max(waited) <= timedelta(minutes=10) + TICK
 
 

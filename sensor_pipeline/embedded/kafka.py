@@ -117,7 +117,7 @@ class KafkaBroker:
         end(self.orphans(), STOP_SECONDS)
 
     def create_topic(self, name: str, partitions: int = 4) -> bool:
-        """Create a topic unless it is there; whether it was created.
+        """Create a topic unless it is there, and return once every client sees it; whether it was created.
 
         Raises:
             UnavailableError: the broker does not answer or refuses.
@@ -133,7 +133,17 @@ class KafkaBroker:
             if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
                 return False
             raise UnavailableError(f"cannot create topic {name} on {self.bootstrap_servers}: {error}") from error
+        deadline = Deadline(START_SECONDS)
+        while not self._leads(admin, name, partitions):
+            if not deadline.left:
+                raise UnavailableError(f"topic {name} on {self.bootstrap_servers} has no leader; see {self.log}")
+            time.sleep(POLL_SECONDS)
         return True
+
+    def _leads(self, admin: Any, name: str, partitions: int) -> bool:
+        """Whether the broker leads all of a topic's partitions: it is created before it is known."""
+        known = admin.list_topics(name, timeout=10).topics[name].partitions
+        return len(known) == partitions and all(p.leader >= 0 for p in known.values())
 
     @property
     def _mark(self) -> str:

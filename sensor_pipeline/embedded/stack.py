@@ -27,6 +27,9 @@ DAGSTER_DATABASE = "dagster"
 
 # What another terminal needs to know besides the servers, where it was set.
 _PASSED_ON = ("KAFKA_TOPIC", "KAFKA_GROUP_ID", "POSTGRES_SSLMODE")
+# Names the variables whose servers a stack started itself: exported by `sensor-pipeline env`, they would look like
+# servers of one's own to the next `up` in the same shell.
+_STARTED = "SENSOR_PIPELINE_STARTED"
 
 
 class Stack:
@@ -51,6 +54,7 @@ class Stack:
     ) -> None:
         check_installed()
         self.data_dir = data_dir.resolve()
+        env = _without_started(env)
         self.embeds_kafka = not env.get("KAFKA_BOOTSTRAP_SERVERS", "").strip()
         self.embeds_postgres = not env.get("POSTGRES_HOST", "").strip()
         self.ui: str | None = None
@@ -151,6 +155,8 @@ class Stack:
         passed_on = {name: value for name, value in self._given.items() if name.startswith(KAFKA_CLIENT_PREFIX)}
         passed_on |= {name: self._given[name] for name in _PASSED_ON if name in self._given}
         self.env |= passed_on
+        started = {"KAFKA_BOOTSTRAP_SERVERS": self.embeds_kafka, "POSTGRES_HOST": self.embeds_postgres}
+        self.env[_STARTED] = " ".join(name for name, is_ours in started.items() if is_ours)
         if not self.embeds_kafka:
             self.env["KAFKA_BOOTSTRAP_SERVERS"] = self._given["KAFKA_BOOTSTRAP_SERVERS"]
             return
@@ -220,3 +226,8 @@ class Stack:
     def _await_runs(self) -> None:
         if self._shutdown.await_runs() and services.CODE_SERVER in self._services:
             self._in_flight.unlink(missing_ok=True)
+
+
+def _without_started(env: Mapping[str, str]) -> Mapping[str, str]:
+    started = env.get(_STARTED, "").split()
+    return {name: value for name, value in env.items() if name not in started}
