@@ -47,15 +47,15 @@ def written(result: Written, seconds: float, stages: Mapping[str, float]) -> Map
     nothing = result.batch_id is None
     return {
         "outcome": "already ingested, nothing written" if nothing else "written",
-        "batch": "none" if nothing else result.batch_id,
         "inserted": result.inserted,
         "already ingested": result.already_ingested,
         "rejected": result.rejected,
-        "rejected by reason": MetadataValue.json(dict(result.rejected_by_reason)),
-        "without a record": result.no_record,
         "failures started": len(result.failures_started),
         "failures ended": len(result.failures_ended),
         "failures": _failures(result.failures_started, result.failures_ended),
+        "rejected by reason": MetadataValue.json(dict(result.rejected_by_reason)),
+        "without a record": result.no_record,
+        "batch": "none" if nothing else result.batch_id,
         "readings a second": round(result.inserted / seconds) if seconds else 0,
         "seconds by stage": MetadataValue.json(dict(stages)),
     }
