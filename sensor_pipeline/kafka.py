@@ -18,7 +18,6 @@ import numpy as np
 from confluent_kafka import (
     OFFSET_INVALID,
     Consumer,
-    ConsumerGroupTopicPartitions,
     IsolationLevel,
     KafkaError,
     KafkaException,
@@ -144,13 +143,17 @@ class Kafka:
     def committed_offsets(self, topic: Topic) -> dict[int, int]:
         """The group's committed offset for each partition that has one."""
         wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
-        found = self._ask_group(AdminClient.list_consumer_group_offsets, wanted, topic.name)
+        with self._consumer() as consumer:
+            found = self._ask(lambda: _checked(consumer.committed(wanted, timeout=self._timeout)), topic.name)
         return {entry.partition: entry.offset for entry in found if entry.offset >= 0}
 
     def commit_offsets(self, topic: str, offsets: Mapping[int, int]) -> None:
-        """Commit the group's offset for each partition, each partition's answer checked."""
+        """Commit the group's offset for each partition, synchronously, each partition's answer checked."""
         wanted = [TopicPartition(topic, p, offset) for p, offset in sorted(offsets.items())]
-        self._ask_group(AdminClient.alter_consumer_group_offsets, wanted, topic)
+        # Through a consumer: librdkafka 2.16 aborts the process when such a request of an admin client times out
+        # while the broker is away and comes back.
+        with self._consumer() as consumer:
+            self._ask(lambda: _checked(consumer.commit(offsets=wanted, asynchronous=False)), topic)
 
     def check_topic(self, batch: Batch) -> Topic:
         """The batch's topic, if it still is the one that the batch was planned for.
@@ -265,17 +268,6 @@ class Kafka:
 
         return self._ask(ask, topic.name)
 
-    def _ask_group(
-        self, request: Callable[..., dict[str, Any]], partitions: Sequence[TopicPartition], topic: str
-    ) -> Sequence[TopicPartition]:
-        # A consumer's own commit would wait for its session's time-out where the broker is away.
-        def ask() -> Sequence[TopicPartition]:
-            group = ConsumerGroupTopicPartitions(self._group, list(partitions))
-            answer = request(self._admin_client(), [group], request_timeout=self._timeout)[self._group]
-            return _checked(answer.result(self._timeout + 10).topic_partitions)
-
-        return self._ask(ask, topic)
-
     def _admin_client(self) -> AdminClient:
         if self._admin is None:
             self._admin = self._make(AdminClient, {"socket.timeout.ms": int(self._timeout * 1000)})
@@ -292,6 +284,8 @@ class Kafka:
                 "auto.offset.reset": "error",
                 "isolation.level": "read_committed",
                 "enable.partition.eof": True,
+                # A commit waits that long for the group's coordinator.
+                "session.timeout.ms": int(self._timeout * 1000),
             },
         )
         try:

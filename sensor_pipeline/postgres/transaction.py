@@ -26,7 +26,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from sensor_pipeline.drained import Drained, Headers, RejectedMessage, within
-from sensor_pipeline.errors import ConservationError
+from sensor_pipeline.errors import ConservationError, DataError
 from sensor_pipeline.failures import detect
 from sensor_pipeline.offsets import Batch, OffsetRange, intersect, subtract, total
 from sensor_pipeline.postgres import ledger
@@ -137,8 +137,12 @@ class _Transaction:
 
     def run(self) -> Written:
         self._connection.execute(_SETTINGS)
-        topics = ledger.topics(self._connection)
-        topic = next(t for t in topics if t.kafka_topic_id == self._batch.kafka_topic_id)
+        topic = ledger.find_topic(self._connection, self._batch.kafka_topic_id)
+        if topic is None:
+            raise DataError(
+                f"topic {self._batch.topic} ({self._batch.kafka_topic_id}) is not in the ledger any more: was the "
+                "database restored meanwhile? Run the batch again"
+            )
         # 1
         ledger.lock(self._connection, topic.id, self._batch.partitions)
         todo = self._take_out_ingested(topic.id)
@@ -150,7 +154,6 @@ class _Transaction:
         # 2
         ids = self._machine_ids(names)
         readings["machine"] = ids[readings["machine"].cat.codes.to_numpy()]
-        readings["topic_rank"] = topic.rank
         # 3
         failing = readings["has_failure"].to_numpy()
         inserted = self._copy(topic.id, readings[~failing])
@@ -158,12 +161,15 @@ class _Transaction:
         self._connection.execute(_LOCK_MACHINES, {"ids": ids.tolist()})
         # 5
         last_seen = {row.id: row.last_seen for row in self._connection.execute(_LAST_SEEN, {"ids": ids.tolist()})}
-        settled = settle(self._connection, readings, last_seen, {t.id: t.rank for t in topics})
+        # Only now: another topic may have become known since, and have readings of these machines.
+        ranks = {t.id: t.rank for t in ledger.topics(self._connection)}
+        settled = settle(self._connection, readings.assign(topic_rank=ranks[topic.id]), last_seen, ranks)
         inserted += self._copy(topic.id, readings[failing], settled.failure_id)
         self._see_machines(readings)
         # 6
         rejected = self._add_rejected(topic.id)
         no_record = intersect(self._drained.no_record, todo)
+        self._check_places(no_record)
         by_id = dict(zip(ids.tolist(), names, strict=True))
         written = Written(
             batch_id=None,
@@ -293,6 +299,25 @@ class _Transaction:
             },
         ).one()
         return batch_id
+
+    def _check_places(self, no_record: Sequence[OffsetRange]) -> None:
+        """Each offset came once, so that a sum that adds up leaves none out."""
+        rejected = self._drained.rejected
+        places = pd.DataFrame(
+            {
+                "partition": np.append(
+                    self._readings["partition"], np.array([m.partition for m in rejected], np.int32)
+                ),
+                "offset": np.append(self._readings["offset"], np.array([m.offset for m in rejected], np.int64)),
+            }
+        )
+        twice = places[places.duplicated() | within(places, no_record)]
+        if not twice.empty:
+            raise ConservationError(
+                f"batch {self._batch} does not add up: offset {twice['offset'].iloc[0]} of partition "
+                f"{twice['partition'].iloc[0]} came twice; nothing was written, run it again, and report it if it "
+                "stays so"
+            )
 
     def _check(self, written: Written) -> None:
         """No term is what the others leave over: each was counted where it happened."""
