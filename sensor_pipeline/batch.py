@@ -25,12 +25,13 @@ from sensor_pipeline.drained import Drained, FrameBuilder, Records
 from sensor_pipeline.errors import UnavailableError
 from sensor_pipeline.failures import detect
 from sensor_pipeline.kafka import Kafka
-from sensor_pipeline.messages import MessageDecoder, Reason
+from sensor_pipeline.messages import MessageDecoder
 from sensor_pipeline.offsets import Batch, OffsetRange, contiguous_prefix, subtract
 from sensor_pipeline.postgres import ledger
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.refused import Refused, RowsRefusedError
 from sensor_pipeline.postgres.transaction import Origin, Written, write
+from sensor_pipeline.rules import Reason
 from sensor_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -317,6 +317,8 @@ class Kafka:
                 if error.args[0].code() not in _ASK_AGAIN or time.monotonic() > deadline:
                     raise self._error(error.args[0], topic) from error
                 time.sleep(_ASK_AGAIN_SECONDS)
+                # The client may go on with the leader that it knows until it is told to look again.
+                self._admin_client().describe_topics(TopicCollection([topic]))[topic].exception(self._timeout + 10)
             else:
                 self._last_error = None
                 return answer

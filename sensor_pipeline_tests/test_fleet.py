@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from sensor_pipeline.fleet import SHORTEST_FAILURE, Fleet, FleetReading
-from sensor_pipeline.messages import MessageDecoder, Reading
+from sensor_pipeline.messages import MessageDecoder
+from sensor_pipeline.rules import Reading
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, event, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sensor_pipeline.messages import MessageDecoder, Reading, Reason, Rejection, _NotPlainError, _RejectedError
+from sensor_pipeline.messages import MessageDecoder, _NotPlainError
+from sensor_pipeline.rules import Reading, Reason, RejectedError, Rejection, examine
 
 TABLE_OF_REASONS = Path(__file__).parents[1] / "docs" / "rejected-messages.md"
 LIMIT = 50_000
@@ -800,8 +801,8 @@ def check(value: bytes, by: MessageDecoder) -> str:
     except (_NotPlainError, ValueError, RecursionError, OverflowError):
         return outcome
     try:
-        full = by._examine(value)
-    except _RejectedError as error:
+        full = examine(value, by._zone)
+    except RejectedError as error:
         pytest.fail(f"the fast path takes {value!r}, which the full rules reject: {error.rejection}")
     assert fast == result, value
     assert fast[:3] == full[:3], value

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "sensor_pipeline"
 # From the ground up; a module may import those of the rows below its own, and of its own part.
 FLOORS = [
     ["errors"],
-    ["settings", "offsets", "messages", "failures", "fleet"],
+    ["settings", "offsets", "rules", "failures", "fleet"],
+    ["messages"],
     ["drained"],
     ["kafka", "postgres"],
     ["backlog", "publish"],

@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sensor_pipeline.cli.environment import environment
 from sensor_pipeline.errors import ConfigurationError, DataError, SensorPipelineError
-from sensor_pipeline.messages import MessageDecoder, Rejection
+from sensor_pipeline.messages import MessageDecoder
 from sensor_pipeline.publish import Publisher
+from sensor_pipeline.rules import Rejection
 from sensor_pipeline.settings import Settings
 
 _SEPARATORS = ",;\t"

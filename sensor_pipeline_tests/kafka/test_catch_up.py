@@ -1,0 +1,143 @@
+"""`CatchUp` comes to the same rows, however the backlog is cut and whatever happens between two batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.catch_up import CatchUp
+from sensor_pipeline.errors import DataError, UnavailableError
+from sensor_pipeline.offsets import Batch
+from sensor_pipeline.postgres.transaction import Written
+from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.kafka.inspecting import backlog, catch_up, check_rows, query
+from sensor_pipeline_tests.kafka.producing import Publisher, delete_records, group_offsets
+
+
+def eventful_topic(settings: Settings) -> Publisher:
+    """Plain, committed and aborted messages, poison, repeats and late readings, on all but one partition."""
+    publisher = Publisher(settings)
+    publisher.readings({0: 20, 1: 3, 2: 9}, machines=4)
+    publisher.committed({0: 5, 2: 5})
+    publisher.aborted({0: 4, 1: 6})
+    publisher.send(1, b"{}", bad="missing_machine_id", key=b"k")
+    for late in publisher.published[5:12]:
+        publisher.send(2, late.value)
+    publisher.readings({2: 8, 1: 2}, machines=2)
+    return publisher
+
+
+@pytest.mark.parametrize(("batch_size", "lanes"), [(250_000, 1), (7, 3), (7, 1), (97, 8)])
+def test_any_batch_size_and_lanes_give_the_same_rows(settings: Settings, batch_size: int, lanes: int) -> None:
+    publisher = eventful_topic(settings)
+    pipeline = Pipeline(replace(settings, batch_size=batch_size, lanes=lanes))
+
+    batches = catch_up(pipeline)
+
+    check_rows(settings, publisher.published)
+    assert backlog(pipeline).lag == 0
+    assert all(len(batch) <= batch_size for batch in batches)
+    assert all(len({p % lanes for p in batch.partitions}) == 1 for batch in batches)
+    ends = pipeline.kafka.end_offsets(pipeline.kafka.topic(publisher.topic))
+    assert group_offsets(settings) == {p: end for p, end in ends.items() if end}
+    assert query(settings, "SELECT count(*) FROM batches") == [(len(batches),)]
+
+
+def test_catching_up_again_does_nothing(pipeline: Pipeline) -> None:
+    publisher = eventful_topic(pipeline.settings)
+    catch_up(pipeline)
+    assert catch_up(pipeline) == []
+    check_rows(pipeline.settings, publisher.published)
+
+
+def test_what_is_published_meanwhile_is_left_for_the_next_time(settings: Settings) -> None:
+    pipeline = Pipeline(replace(settings, batch_size=4))
+    publisher = Publisher(settings)
+    publisher.readings({0: 8, 1: 8})
+    runner = CatchUp(pipeline, lambda *_: publisher.readings({0: 3, 1: 1}) and None)
+
+    runner.run(runner.backlog())
+
+    check_rows(settings, [m for m in publisher.published if m.offset < 8])
+    catch_up(pipeline)
+    check_rows(settings, publisher.published)
+
+
+def test_batch_size_changed_between_two_times_changes_no_row(settings: Settings) -> None:
+    publisher = eventful_topic(settings)
+    pipeline = Pipeline(replace(settings, batch_size=3, lanes=2))
+
+    class EnoughError(Exception):
+        pass
+
+    done: list[Batch] = []
+
+    def stop(batch: Batch, _: Written) -> None:
+        done.append(batch)
+        if len(done) >= 5:
+            raise EnoughError
+
+    runner = CatchUp(pipeline, stop)
+    with pytest.raises(EnoughError):
+        runner.run(runner.backlog())
+    assert backlog(pipeline).lag > 0
+
+    catch_up(Pipeline(replace(settings, batch_size=11, lanes=3)))
+    check_rows(settings, publisher.published)
+
+
+def test_a_gap_in_one_of_several_lanes_and_small_batches_keeps_nothing_else_back(settings: Settings) -> None:
+    pipeline = Pipeline(replace(settings, batch_size=3, lanes=2))
+    publisher = Publisher(settings)
+    publisher.readings({0: 1, 1: 1, 2: 1, 3: 1})
+    catch_up(pipeline)
+    publisher.readings({0: 9, 1: 9, 2: 9, 3: 9})
+    delete_records(settings, publisher.topic, {1: 8})
+
+    with pytest.raises(DataError, match=r"not all was ingested: .*partition 1 offsets \[1, 4\)"):
+        catch_up(pipeline)
+
+    check_rows(settings, [m for m in publisher.published if m.partition != 1 or m.offset < 1])
+
+
+def test_a_batch_that_fails_for_a_while_is_tried_again_after_longer_and_longer_pauses(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({0: 4, 1: 4})
+    drain = pipeline.drain
+    pauses: list[float] = []
+
+    def sometimes(batch: Batch) -> object:
+        if len(pauses) < 3 and 1 in batch.partitions:
+            raise UnavailableError("the broker is away")
+        return drain(batch)
+
+    monkeypatch.setattr(pipeline, "drain", sometimes)
+    runner = CatchUp(pipeline, lambda *_: None, sleep=pauses.append)
+    runner.run(runner.backlog())
+
+    check_rows(pipeline.settings, publisher.published)
+    assert pauses == sorted(pauses)
+    assert len(set(pauses)) == 3
+
+
+def test_a_partition_that_stays_away_is_given_up_and_the_others_come_in(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({0: 4, 1: 4, 3: 2})
+    drain = pipeline.drain
+
+    def never(batch: Batch) -> object:
+        if 1 in batch.partitions:
+            raise UnavailableError("the disk of partition 1 is gone")
+        return drain(batch)
+
+    monkeypatch.setattr(pipeline, "drain", never)
+    with pytest.raises(DataError, match="not all was ingested: the disk of partition 1 is gone"):
+        catch_up(pipeline)
+
+    check_rows(pipeline.settings, [m for m in publisher.published if m.partition != 1])
