@@ -148,12 +148,14 @@ class Pipeline:
         if topic.kafka_topic_id != batch.kafka_topic_id:
             log.warning("topic %s was deleted and created again: offsets of %s are not committed", batch.topic, batch)
             return {}
-        # A group that has no offset yet says the same as one at 0.
-        committed = dict.fromkeys(batch.partitions, 0) | self.kafka.committed_offsets(topic)
-        while stale := {p: offset for p, offset in self._prefixes(batch).items() if offset != committed[p]}:
+        mirrored: dict[int, int] = {}
+        if 0 in self._prefixes(batch).values():
+            # There a group without an offset is right as it is, and one that was moved by hand is not.
+            mirrored = dict.fromkeys(batch.partitions, 0) | self.kafka.committed_offsets(topic)
+        while stale := {p: offset for p, offset in self._prefixes(batch).items() if offset != mirrored.get(p)}:
             self.kafka.commit_offsets(batch.topic, stale)
-            committed |= stale
-        return {p: committed[p] for p in batch.partitions}
+            mirrored |= stale
+        return {p: mirrored[p] for p in batch.partitions}
 
     def _not_ingested(self, batch: Batch) -> list[OffsetRange]:
         with self.database.begin() as connection:

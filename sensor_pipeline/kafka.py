@@ -68,6 +68,8 @@ _ASK_AGAIN = {
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.NOT_COORDINATOR,
     KafkaError.KAFKA_STORAGE_ERROR,
+    KafkaError._WAIT_COORD,
+    KafkaError._NOENT,
 }
 _ASK_AGAIN_SECONDS = 0.1
 _GROUP_IN_USE = {
@@ -144,7 +146,8 @@ class Kafka:
         """The group's committed offset for each partition that has one."""
         wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
         with self._consumer() as consumer:
-            found = self._ask(lambda: _checked(consumer.committed(wanted, timeout=self._timeout)), topic.name)
+            request = partial(consumer.committed, wanted, timeout=self._timeout)
+            found = self._ask_group(consumer, request, topic.name)
         return {entry.partition: entry.offset for entry in found if entry.offset >= 0}
 
     def commit_offsets(self, topic: str, offsets: Mapping[int, int]) -> None:
@@ -153,7 +156,7 @@ class Kafka:
         # Through a consumer: librdkafka 2.16 aborts the process when such a request of an admin client times out
         # while the broker is away and comes back.
         with self._consumer() as consumer:
-            self._ask(lambda: _checked(consumer.commit(offsets=wanted, asynchronous=False)), topic)
+            self._ask_group(consumer, partial(consumer.commit, offsets=wanted, asynchronous=False), topic)
 
     def check_topic(self, batch: Batch) -> Topic:
         """The batch's topic, if it still is the one that the batch was planned for.
@@ -322,6 +325,19 @@ class Kafka:
             else:
                 self._last_error = None
                 return answer
+
+    def _ask_group(
+        self, consumer: Consumer, request: Callable[[], Sequence[TopicPartition] | None], topic: str
+    ) -> Sequence[TopicPartition]:
+        def ask() -> Sequence[TopicPartition]:
+            try:
+                return _checked(request())
+            except KafkaException as error:
+                # A group that the user may not read only times out; the reason waits in the consumer's queue.
+                reason = consumer.poll(0)
+                raise KafkaException((reason and reason.error()) or error.args[0]) from error
+
+        return self._ask(ask, topic)
 
     def _call(self, request: Callable[[], T], topic: str) -> T:
         try:

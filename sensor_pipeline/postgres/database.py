@@ -21,6 +21,8 @@ VERSION_TABLE = "sensor_pipeline_schema"
 
 _CONNECT_SECONDS = 10
 _NOT_MIGRATED = {"42P01", "42703", "3F000", "42883"}
+# Another program's table in the way, a feature that the version lacks.
+_WRONG_STATEMENT = {"42", "0A"}
 _RIGHTS = {"28", "42501", "3D"}
 
 
@@ -108,6 +110,11 @@ class Database:
             )
         if about_content(error):
             return DataError(f"PostgreSQL at {self.name} refuses a row for its content ({state}): {said}")
+        if state[:2] in _WRONG_STATEMENT:
+            return ConfigurationError(
+                f"PostgreSQL at {self.name} does not take it ({state}): {said}; nothing was changed, and trying again "
+                "will not help: look at the database's own tables and version"
+            )
         return UnavailableError(
             f"PostgreSQL at {self.name} could not do it now ({state}): {said}; nothing was changed, try again"
         )

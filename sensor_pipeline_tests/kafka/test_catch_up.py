@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,8 @@ from sensor_pipeline.catch_up import CatchUp
 from sensor_pipeline.errors import DataError, UnavailableError
 from sensor_pipeline.offsets import Batch
 from sensor_pipeline.postgres.transaction import Written
-from sensor_pipeline.settings import Settings
-from sensor_pipeline_tests.kafka.inspecting import backlog, catch_up, check_rows, query
+from sensor_pipeline.settings import Settings, StartFrom
+from sensor_pipeline_tests.kafka.inspecting import accepted_gaps, backlog, batch, catch_up, check_rows, query
 from sensor_pipeline_tests.kafka.producing import Publisher, delete_records, group_offsets
 
 
@@ -63,6 +64,37 @@ def test_what_is_published_meanwhile_is_left_for_the_next_time(settings: Setting
     check_rows(settings, [m for m in publisher.published if m.offset < 8])
     catch_up(pipeline)
     check_rows(settings, publisher.published)
+
+
+def test_another_process_that_ingests_ahead_keeps_nothing_back(settings: Settings) -> None:
+    """A sensor's run takes what was published meanwhile, before this process has come so far."""
+    pipeline = Pipeline(replace(settings, batch_size=4))
+    publisher = Publisher(settings)
+    publisher.readings({0: 10, 1: 3})
+    done = []
+
+    def meanwhile(*_: object) -> None:
+        done.append(1)
+        if len(done) == 1:
+            publisher.readings({0: 5})
+            Pipeline(settings).run(batch(settings, {0: (10, 15)}))
+
+    runner = CatchUp(pipeline, meanwhile)
+    runner.run(runner.backlog())
+
+    check_rows(settings, publisher.published)
+
+
+@pytest.mark.parametrize("start_from", ["earliest", "latest"])
+def test_several_processes_that_start_at_once_ingest_everything_once(settings: Settings, start_from: StartFrom) -> None:
+    """All of them see the topic for the first time."""
+    publisher = Publisher(settings)
+    publisher.readings({0: 9, 1: 9, 2: 9})
+    pipelines = [Pipeline(replace(settings, batch_size=5, lanes=2, start_from=start_from)) for _ in range(4)]
+    with ThreadPoolExecutor(len(pipelines)) as pool:
+        list(pool.map(catch_up, pipelines))
+    check_rows(settings, publisher.published if start_from == "earliest" else [])
+    assert len(accepted_gaps(settings)) == (0 if start_from == "earliest" else 3)
 
 
 def test_batch_size_changed_between_two_times_changes_no_row(settings: Settings) -> None:

@@ -41,7 +41,7 @@ def busy_history(settings: Settings, *, seed: int = 1, readings: int = 240) -> L
     log = Log(settings, "busy", "busy-id")
     for at in range(readings):
         # The last machine comes late.
-        machine = random.randrange(3 + (at > readings // 2))
+        machine = random.randrange(3 + (at > readings * 3 // 4))
         second = at // 4 - (random.randrange(40) if random.random() < 0.3 else 0)
         failing = (second // 5 + machine) % 3 == 0 if random.random() < 0.9 else random.random() < 0.5
         log.publish(random.randrange(4), message(f"m{machine}", second, failing))

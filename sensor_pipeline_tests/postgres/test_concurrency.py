@@ -134,6 +134,24 @@ def test_a_lane_that_waited_for_another_sees_the_failures_it_left(
     assert stored(database_settings) == want(log)
 
 
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_server_that_isolates_more_by_default_changes_nothing(database_settings: Settings, level: str) -> None:
+    log = half_ingested(database_settings)
+    with Database(database_settings).begin() as connection:
+        name = database_settings.postgres_db
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_isolation = '{level}'")
+    with ThreadPoolExecutor() as pool:
+        with other_session(database_settings, STOPS["batch log"]):
+            runs = []
+            for waiting, lane in enumerate((0, 1), 1):
+                mine = [span for span in batch_of(log).ranges if span.partition % 2 == lane]
+                runs.append(pool.submit(ingest_once, database_settings, log, *mine))
+                until(lambda waiting=waiting: len(sessions(database_settings, waiting=True)) == waiting)
+        for run in runs:
+            run.result()
+    assert stored(database_settings) == want(log)
+
+
 def test_two_lanes_that_meet_thousands_of_new_machines_in_opposite_order_do_not_deadlock(
     database_settings: Settings,
 ) -> None:
@@ -182,6 +200,23 @@ def test_six_threads_with_sixty_overlapping_batches_end_in_the_rows_of_the_oracl
     asked = sum(len(span) for ranges in batches for span in ranges) + everything
     assert sum(one.already_ingested for one in written) == asked - everything
     assert stored(database_settings) == want(log)
+
+
+def test_a_topic_that_becomes_known_while_a_batch_waits_is_ordered_before_it(database_settings: Settings) -> None:
+    late = Log(database_settings, "b", "1")
+    for second in range(4):
+        late.publish(0, message("m", second, False))
+    ingest_once(database_settings, late, OffsetRange(0, 0, 2))
+    with ThreadPoolExecutor() as pool:
+        with other_session(database_settings, "SELECT FROM ingested_offsets FOR UPDATE"):
+            run = pool.submit(ingest_once, database_settings, late)
+            until(lambda: sessions(database_settings, waiting=True))
+            early = Log(database_settings, "a", "2")
+            for second in range(4):
+                early.publish(0, message("m", second, True))
+            ingest_once(database_settings, early)
+        run.result()
+    assert stored(database_settings) == want(early, late)
 
 
 def test_a_topic_that_two_make_known_at_once_is_one_topic(database_settings: Settings) -> None:

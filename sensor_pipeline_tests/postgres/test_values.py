@@ -19,7 +19,7 @@ from sensor_pipeline.offsets import OffsetRange
 from sensor_pipeline.rules import Reading
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.oracle import Published, connect, expected, stored
-from sensor_pipeline_tests.postgres.tables import ingest_once
+from sensor_pipeline_tests.postgres.tables import ingest_once, want
 from sensor_pipeline_tests.test_any_history import Log
 from sensor_pipeline_tests.test_messages import DECODER, EMOJI, Scribe, exact, message, pairs
 
@@ -127,6 +127,25 @@ def test_strings_come_back_as_they_are_as_values_and_as_sensor_names(shared_sett
             '{"a": 1e-20000, "a": 1}',
         ],
     )
+
+
+@pytest.mark.parametrize("setting", ["of the database", "of the environment"])
+def test_texts_come_back_as_they_are_whatever_encoding_the_session_was_given(
+    database_settings: Settings, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = new_log(database_settings)
+    for text in ("caf\u00e9", EMOJI):
+        log.publish(0, message(machine_id=f'"{text}"', values=f'{{"{text}": "{text}"}}'))
+    with connect(database_settings).begin() as connection, monkeypatch.context() as environment:
+        if setting == "of the environment":
+            environment.setenv("PGCLIENTENCODING", "LATIN1")
+        else:
+            connection.execute(sa.text(f"ALTER DATABASE {database_settings.postgres_db} SET client_encoding = LATIN1"))
+            connection.commit()
+        ingest_once(database_settings, log)
+    with connect(database_settings).begin() as connection:
+        connection.execute(sa.text(f"ALTER DATABASE {database_settings.postgres_db} RESET client_encoding"))
+    assert stored(database_settings) == want(log)
 
 
 def test_a_reading_may_have_ten_thousand_sensors(shared_settings: Settings) -> None:
