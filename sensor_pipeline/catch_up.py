@@ -91,7 +91,8 @@ class CatchUp:
             partitions = [
                 replace(
                     b,
-                    end=min(b.end, ends.get(b.partition, 0)),
+                    # What comes later is left alone, as if another run had it.
+                    in_flight=(OffsetRange(b.partition, min(ends.get(b.partition, 0), b.end), b.end),),
                     failed=tuple(f for f in failed if f[0].partition == b.partition),
                 )
                 for b in backlog.partitions

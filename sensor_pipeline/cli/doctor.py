@@ -85,6 +85,7 @@ def _group(pipeline: Pipeline, name: str) -> str:
 def _server(pipeline: Pipeline) -> str:
     with pipeline.database.begin() as connection:
         version = int(connection.scalars(sa.text("SHOW server_version_num")).one())
+        pipeline.database.check_encoding(connection)
         read_only = connection.scalars(sa.text("SELECT pg_is_in_recovery()")).one()
     if version < MIN_POSTGRES:
         raise ConfigurationError(f"PostgreSQL {version // 10000} at {pipeline.database.name} is too old; 14 is needed")

@@ -50,8 +50,11 @@ class Database:
             connect_args={
                 "connect_timeout": _CONNECT_SECONDS,
                 "application_name": "sensor_pipeline",
-                # Timestamps come back in UTC: year 1 has no earlier local time in Python.
-                "options": "-c timezone=UTC",
+                # COPY's bytes are UTF-8, whatever the server, the role or PGCLIENTENCODING say.
+                "client_encoding": "utf8",
+                # Timestamps come back in UTC: year 1 has no earlier local time in Python. The transaction's order of
+                # statements is made for READ COMMITTED.
+                "options": r"-c timezone=UTC -c default_transaction_isolation=read\ committed",
                 **ssl,
             },
         )
@@ -86,6 +89,19 @@ class Database:
             remedy = "install that newer sensor_pipeline" if newer else "run: sensor-pipeline migrate"
             raise ConfigurationError(
                 f"the schema of {self.name} is at version {found}, this code needs {SCHEMA_VERSION}; {remedy}"
+            )
+
+    def check_encoding(self, connection: sa.Connection) -> None:
+        """Refuse a database that cannot hold every text that a message may have.
+
+        Raises:
+            ConfigurationError: with what to do.
+        """
+        encoding = connection.scalars(sa.text("SELECT getdatabaseencoding()")).one()
+        if encoding != "UTF8":
+            raise ConfigurationError(
+                f"database {self.name} is in {encoding}, and sensor_pipeline needs one in UTF-8: "
+                "createdb --encoding UTF8 --template template0 NAME, then set POSTGRES_DB"
             )
 
     def _not_migrated(self) -> ConfigurationError:

@@ -22,10 +22,12 @@ def migrate(settings: Settings) -> None:
     """Bring the schema to this package's version; two at once run one after the other.
 
     Raises:
-        ConfigurationError: the user may not create tables.
+        ConfigurationError: the user may not create tables, or the database is not in UTF-8.
         UnavailableError: the database does not answer.
     """
-    with Database(settings).begin() as connection:
+    database = Database(settings)
+    with database.begin() as connection:
+        database.check_encoding(connection)
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
