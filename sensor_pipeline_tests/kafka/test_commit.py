@@ -82,7 +82,7 @@ def test_the_lag_that_other_tools_see_is_the_backlog(pipeline: Pipeline) -> None
     assert mirror(settings) == {p: end for p, end in ends.items() if end} == {0: 8, 1: 8, 2: 1}
 
 
-@pytest.mark.parametrize("moved", [0, 1, 4, 9, 1_000])
+@pytest.mark.parametrize("moved", [0, 5, 1_000])
 def test_group_offsets_moved_by_hand_change_no_row_and_are_mended_by_the_next_batch(
     pipeline: Pipeline, moved: int
 ) -> None:

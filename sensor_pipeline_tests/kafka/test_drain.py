@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from sensor_pipeline import kafka
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.drained import Records
 from sensor_pipeline.errors import ConfigurationError, UnavailableError
+from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.inspecting import batch, catch_up, check_rows, ledger_ranges, totals
 from sensor_pipeline_tests.kafka.producing import MessageRefusedError, Publisher
@@ -32,7 +32,7 @@ def test_a_batch_brings_in_exactly_its_ranges(pipeline: Pipeline) -> None:
 def test_a_drain_in_chunks_of_any_size_is_the_same(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(kafka, "_CHUNK_MESSAGES", chunk)
+    monkeypatch.setattr(drain_module, "_CHUNK_MESSAGES", chunk)
     publisher = Publisher(pipeline.settings)
     publisher.readings({0: 9, 1: 4, 2: 1})
     wanted = batch(pipeline.settings, {0: (1, 8), 1: (0, 4), 2: (0, 1)})

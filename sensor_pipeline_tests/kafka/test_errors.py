@@ -48,7 +48,7 @@ def refused(request: Callable[[], object]) -> SensorPipelineError:
 @pytest.mark.parametrize("name", ASKS)
 def test_a_broker_that_is_down_is_named_and_waited_for_no_longer_than_allowed(name: str) -> None:
     server = f"{ports.LOOPBACK}:{ports.any_free()}"
-    kafka = Kafka(Settings(kafka_bootstrap_servers=server), timeout=1, stall_timeout=1)
+    kafka = Kafka(Settings(kafka_bootstrap_servers=server), timeout=0.3, stall_timeout=0.3)
 
     error = refused(lambda: ASKS[name](kafka))
 
@@ -58,7 +58,7 @@ def test_a_broker_that_is_down_is_named_and_waited_for_no_longer_than_allowed(na
 
 
 def test_a_server_name_that_does_not_resolve_is_named() -> None:
-    kafka = Kafka(Settings(kafka_bootstrap_servers="nowhere.invalid:9092"), timeout=1)
+    kafka = Kafka(Settings(kafka_bootstrap_servers="nowhere.invalid:9092"), timeout=0.3)
     error = refused(lambda: kafka.topic("t"))
     assert isinstance(error, UnavailableError)
     assert "nowhere.invalid:9092" in str(error)
@@ -131,7 +131,7 @@ def test_the_wrong_security_protocol_is_a_wrong_setting_and_tells_no_password(
         "sasl.username": "user",
         "sasl.password": SECRET,
     }
-    kafka = Kafka(replace(settings, kafka_client=client), timeout=2)
+    kafka = Kafka(replace(settings, kafka_client=client), timeout=1)
     error = refused(lambda: kafka.topic(settings.kafka_topics[0]))
     assert SECRET not in str(error) + repr(replace(settings, kafka_client=client))
     assert settings.kafka_bootstrap_servers in str(error)
@@ -142,7 +142,7 @@ def test_a_password_is_in_no_error_of_a_broker_that_is_down() -> None:
     server = f"{ports.LOOPBACK}:{ports.any_free()}"
     client = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN"}
     client |= {"sasl.username": "user", "sasl.password": SECRET}
-    kafka = Kafka(Settings(kafka_bootstrap_servers=server, kafka_client=client), timeout=1)
+    kafka = Kafka(Settings(kafka_bootstrap_servers=server, kafka_client=client), timeout=0.3)
     assert SECRET not in str(refused(lambda: kafka.topic("t")))
 
 

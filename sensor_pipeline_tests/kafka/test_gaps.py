@@ -11,10 +11,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from sensor_pipeline import kafka
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.cli import main
 from sensor_pipeline.errors import DataError, GapError
+from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.inspecting import (
     accepted_gaps,
@@ -140,7 +140,7 @@ def test_what_was_ingested_before_it_was_deleted_is_no_gap(pipeline: Pipeline) -
 
 def test_records_deleted_while_they_are_read_are_a_gap(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the offsets were checked, and after the first records came."""
-    monkeypatch.setattr(kafka, "_CHUNK_MESSAGES", 1)
+    monkeypatch.setattr(drain_module, "_CHUNK_MESSAGES", 1)
     pipeline.kafka = slow_reader(pipeline.settings)
     publisher = known_topic(pipeline)
     for _ in range(10):

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from sensor_pipeline import kafka
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.catch_up import CatchUp
 from sensor_pipeline.errors import DataError, UnavailableError
 from sensor_pipeline.kafka import Kafka
+from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.brokers import TrialBroker
 from sensor_pipeline_tests.kafka.inspecting import backlog, batch, catch_up, check_rows, slow_reader, totals
@@ -57,7 +57,7 @@ def test_a_broker_stopped_and_started_again_between_two_batches_changes_no_row(
 def test_a_broker_that_goes_away_during_a_drain_and_a_commit_costs_nothing_but_the_batch(
     trial_broker: TrialBroker, make_trial: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka, "_CHUNK_MESSAGES", 1)
+    monkeypatch.setattr(drain_module, "_CHUNK_MESSAGES", 1)
     settings = make_trial()
     publisher = Publisher(settings)
     for _ in range(8):
@@ -65,7 +65,7 @@ def test_a_broker_that_goes_away_during_a_drain_and_a_commit_costs_nothing_but_t
     pipeline = Pipeline(settings)
     whole = batch(settings, {0: (0, 8), 1: (0, 8)})
     committing = batch(settings, {1: (0, 3)})
-    pipeline.kafka = slow_reader(settings, timeout=2)
+    pipeline.kafka = slow_reader(settings, timeout=1)
     drain = pipeline.kafka.drain(whole, whole.ranges)
     next(drain)
     drained = pipeline.drain(committing)
@@ -78,14 +78,14 @@ def test_a_broker_that_goes_away_during_a_drain_and_a_commit_costs_nothing_but_t
     check_rows(settings, [])
 
     # A batch that was drained before is written, and only its mirror fails.
-    pipeline.kafka = Kafka(settings, timeout=1)
+    pipeline.kafka = Kafka(settings, timeout=0.5)
     monkeypatch.setattr(pipeline, "drain", lambda _: drained)
     with pytest.raises(UnavailableError, match=settings.kafka_bootstrap_servers):
         pipeline.run(committing)
     check_rows(settings, [m for m in publisher.published if m.partition == 1 and m.offset < 3])
 
     fresh = Pipeline(settings)
-    fresh.kafka = Kafka(settings, timeout=1)
+    fresh.kafka = Kafka(settings, timeout=0.5)
     with pytest.raises(UnavailableError, match=settings.kafka_bootstrap_servers):
         catch_up(fresh)
 

@@ -59,7 +59,7 @@ def test_a_wrong_password_is_a_wrong_setting_and_is_not_said(
 ) -> None:
     settings = trial_broker.as_user(make_trial(), password="wr0ng-and-s3cret")
     with pytest.raises(ConfigurationError) as caught:
-        Kafka(settings, timeout=3).topic(settings.kafka_topics[0])
+        Kafka(settings, timeout=1.5).topic(settings.kafka_topics[0])
     message = str(caught.value)
     assert "refused the log-in" in message
     assert "KAFKA_CLIENT_" in message

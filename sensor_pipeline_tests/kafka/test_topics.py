@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from sensor_pipeline import kafka
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.errors import ConfigurationError, TopicReplacedError
+from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline_tests.kafka.inspecting import (
     accepted_gaps,
     backlog,
@@ -97,7 +97,7 @@ def test_a_topic_replaced_while_it_is_read_gives_no_row(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, read: int, new_length: int
 ) -> None:
     """Whether the new one reaches as far as the batch or not."""
-    monkeypatch.setattr(kafka, "_CHUNK_MESSAGES", 1)
+    monkeypatch.setattr(drain_module, "_CHUNK_MESSAGES", 1)
     old = Publisher(pipeline.settings)
     for _ in range(10):
         old.readings({0: 1})

@@ -204,6 +204,15 @@ def test_of_a_batch_that_is_partly_ingested_only_the_rest_is_written(database_se
     assert stored(database_settings) == want(log)
 
 
+def test_the_second_half_of_a_batch_goes_on_where_the_first_ended(database_settings: Settings) -> None:
+    """All of it comes after what is stored, so that nothing stored is read again."""
+    log = log_of(database_settings)
+    ingest_once(database_settings, log, OffsetRange(0, 0, 12), OffsetRange(1, 0, 12))
+    assert any(end is None for end, _ in stored(database_settings).failures.values())
+    assert ingest_once(database_settings, log).already_ingested == 24
+    assert stored(database_settings) == want(log)
+
+
 def test_the_batch_log_has_a_row_for_each_batch_that_wrote_something(database_settings: Settings) -> None:
     log = log_of(database_settings)
     ingest_once(database_settings, log, OffsetRange(0, 0, 10))

@@ -1,0 +1,129 @@
+"""Topics, their offsets, and the consumer group's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+
+from confluent_kafka import IsolationLevel, TopicCollection, TopicPartition
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
+
+from sensor_pipeline.drained import Records
+from sensor_pipeline.errors import ConfigurationError, TopicReplacedError
+from sensor_pipeline.kafka.connection import Connection
+from sensor_pipeline.kafka.drain import Drain
+from sensor_pipeline.offsets import Batch, OffsetRange
+from sensor_pipeline.settings import Settings
+
+_NO_TOPIC_ID = "AAAAAAAAAAAAAAAAAAAAAA"
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic as it is now: its name, its Kafka topic id and its partitions, ascending."""
+
+    name: str
+    kafka_topic_id: str
+    partitions: tuple[int, ...]
+
+
+class Kafka(Connection):
+    """A connection to the settings' brokers.
+
+    Every method raises `UnavailableError` where waiting can help and `ConfigurationError` where it cannot.
+
+    Args:
+        settings: where the brokers are and how to speak to them.
+        timeout: seconds that one request may take.
+        stall_timeout: seconds that a drain may go without any progress.
+    """
+
+    def __init__(self, settings: Settings, *, timeout: float = 20, stall_timeout: float = 60) -> None:
+        super().__init__(settings, timeout)
+        self._stall_timeout = stall_timeout
+
+    def topic(self, name: str) -> Topic:
+        """Look a topic up.
+
+        Raises:
+            ConfigurationError: there is none of this name, or the broker is too old to have topic ids.
+        """
+        description = self.ask(
+            lambda: self.admin().describe_topics(TopicCollection([name]))[name].result(self.timeout + 10), name
+        )
+        topic_id = str(description.topic_id)
+        if topic_id == _NO_TOPIC_ID:
+            raise ConfigurationError(
+                f"the broker at {self.servers} gives topic {name} no topic id, which tells a topic from another "
+                "of the same name; Kafka 2.8 or newer is needed"
+            )
+        return Topic(name, topic_id, tuple(sorted(p.id for p in description.partitions)))
+
+    def first_offsets(self, topic: Topic) -> dict[int, int]:
+        """For each partition the first offset that Kafka still has."""
+        return self._list_offsets(topic, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+    def end_offsets(self, topic: Topic) -> dict[int, int]:
+        """For each partition the last stable offset: what read_committed can read up to."""
+        return self._list_offsets(topic, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def offsets_at(self, topic: Topic, moment: datetime) -> dict[int, int]:
+        """For each partition the first offset whose record is not older than `moment`; the end if none is."""
+        found = self._list_offsets(topic, OffsetSpec.for_timestamp(round(moment.timestamp() * 1000)))
+        ends = self.end_offsets(topic)
+        return {p: offset if offset >= 0 else ends[p] for p, offset in found.items()}
+
+    def committed_offsets(self, topic: Topic) -> dict[int, int]:
+        """The group's committed offset for each partition that has one."""
+        wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
+        with self.consumer() as consumer:
+            request = partial(consumer.committed, wanted, timeout=self.timeout)
+            found = self.ask_group(consumer, request, topic.name)
+        return {entry.partition: entry.offset for entry in found if entry.offset >= 0}
+
+    def commit_offsets(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """Commit the group's offset for each partition, synchronously, each partition's answer checked."""
+        wanted = [TopicPartition(topic, p, offset) for p, offset in sorted(offsets.items())]
+        # Through a consumer: librdkafka 2.16 aborts the process when such a request of an admin client times out
+        # while the broker is away and comes back.
+        with self.consumer() as consumer:
+            self.ask_group(consumer, partial(consumer.commit, offsets=wanted, asynchronous=False), topic)
+
+    def check_topic(self, batch: Batch) -> Topic:
+        """The batch's topic, if it still is the one that the batch was planned for.
+
+        Raises:
+            TopicReplacedError: the topic was deleted and created again since.
+        """
+        topic = self.topic(batch.topic)
+        if topic.kafka_topic_id != batch.kafka_topic_id:
+            raise TopicReplacedError(
+                f"topic {batch.topic} has id {topic.kafka_topic_id} and not {batch.kafka_topic_id}: it was deleted and "
+                "created again after this batch was planned; the sensor plans the new one from offset 0"
+            )
+        return topic
+
+    def drain(self, batch: Batch, wanted: Sequence[OffsetRange]) -> Iterator[Records | list[OffsetRange]]:
+        """Read offsets of the batch's topic; what lies between two wanted ranges of a partition is read too.
+
+        Yields:
+            Chunks of records as they come, and at last the list of offsets that hold no record.
+
+        Raises:
+            GapError: Kafka no longer has some of the wanted offsets.
+            TopicReplacedError: the topic is not, or no longer, the one that the batch was planned for.
+        """
+        return Drain(self, batch, wanted, self._stall_timeout).run()
+
+    def _list_offsets(self, topic: Topic, spec: OffsetSpec) -> dict[int, int]:
+        request = {TopicPartition(topic.name, p): spec for p in topic.partitions}
+
+        def ask() -> dict[int, int]:
+            futures = self.admin().list_offsets(
+                request, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=self.timeout
+            )
+            return {tp.partition: future.result(self.timeout + 10).offset for tp, future in futures.items()}
+
+        return self.ask(ask, topic.name)

@@ -1,0 +1,172 @@
+"""Clients of the settings' brokers, and requests whose errors are this package's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from sensor_pipeline.errors import ConfigurationError, SensorPipelineError
+from sensor_pipeline.kafka.errors import ASK_AGAIN, AUTHENTICATION, GROUP_IN_USE, translate
+from sensor_pipeline.settings import KAFKA_CLIENT_PREFIX, Settings
+
+T = TypeVar("T")
+
+_ASK_AGAIN_SECONDS = 0.1
+
+
+class Connection:
+    """Clients of the settings' brokers.
+
+    Args:
+        settings: where the brokers are and how to speak to them.
+        timeout: seconds that one request may take.
+    """
+
+    def __init__(self, settings: Settings, timeout: float) -> None:
+        self.servers = settings.kafka_bootstrap_servers
+        self.timeout = timeout
+        self._group = settings.kafka_group_id
+        self._properties = settings.kafka_client
+        self._last_error: KafkaError | None = None
+        self._admin: AdminClient | None = None
+
+    def admin(self) -> AdminClient:
+        """The admin client, made at first use."""
+        if self._admin is None:
+            self._admin = self._make(AdminClient, {"socket.timeout.ms": int(self.timeout * 1000)})
+        return self._admin
+
+    @contextmanager
+    def consumer(self) -> Iterator[Consumer]:
+        """A consumer for one block; it joins no group, resets no offset and reads committed records only."""
+        consumer = self._make(
+            Consumer,
+            {
+                "group.id": self._group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                # A commit waits that long for the group's coordinator.
+                "session.timeout.ms": int(self.timeout * 1000),
+            },
+        )
+        try:
+            yield consumer
+        finally:
+            consumer.close()
+
+    def _make(self, client: Callable[[dict[str, Any]], T], properties: Mapping[str, object]) -> T:
+        return make_client(client, self.servers, self._properties, properties, self._heard)
+
+    def _heard(self, error: KafkaError) -> None:
+        """Librdkafka reconnects by itself behind this: what it said explains a time-out that follows.
+
+        A refused log-in comes with lines that say less, before and after it.
+        """
+        if self._last_error is None or self._last_error.code() not in AUTHENTICATION:
+            self._last_error = error
+
+    def said(self) -> str:
+        """What librdkafka said last, in brackets, to explain a time-out."""
+        return f" (librdkafka: {self._last_error.str()})" if self._last_error is not None else ""
+
+    def ask(self, request: Callable[[], T], topic: str) -> T:
+        """A request whose answer may be to ask again in a moment."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                answer = request()
+            except KafkaException as error:
+                if error.args[0].code() not in ASK_AGAIN or time.monotonic() > deadline:
+                    raise self.error(error.args[0], topic) from error
+                time.sleep(_ASK_AGAIN_SECONDS)
+                # The client may go on with the leader that it knows until it is told to look again.
+                self.admin().describe_topics(TopicCollection([topic]))[topic].exception(self.timeout + 10)
+            else:
+                self._last_error = None
+                return answer
+
+    def ask_group(
+        self, consumer: Consumer, request: Callable[[], Sequence[TopicPartition] | None], topic: str
+    ) -> Sequence[TopicPartition]:
+        """A request about the group's offsets, each partition's answer checked."""
+
+        def ask() -> Sequence[TopicPartition]:
+            try:
+                return checked(request())
+            except KafkaException as error:
+                # A group that the user may not read only times out; the reason waits in the consumer's queue.
+                reason = consumer.poll(0)
+                raise KafkaException((reason and reason.error()) or error.args[0]) from error
+
+        return self.ask(ask, topic)
+
+    def call(self, request: Callable[[], T], topic: str) -> T:
+        """A request that is made once."""
+        try:
+            return request()
+        except KafkaException as error:
+            raise self.error(error.args[0], topic) from error
+
+    def error(self, error: KafkaError, topic: str) -> SensorPipelineError:
+        """A Kafka error as one of ours, by its code."""
+        if self._admin is not None:
+            self._admin.poll(0)  # it says what it has heard only when asked
+        heard = self._last_error
+        if heard is not None and heard.code() in AUTHENTICATION:
+            # The request only timed out; this is why.
+            error = heard
+        if error.code() in GROUP_IN_USE:
+            return ConfigurationError(
+                f"another consumer is active in group {self._group}, so that its offsets cannot be set (what was "
+                "ingested is in PostgreSQL); stop that consumer, or set KAFKA_GROUP_ID to a group of the pipeline's own"
+            )
+        return translate(error, topic, self.servers, self.said(), secured=bool(self._properties))
+
+
+def checked(answers: Sequence[TopicPartition] | None) -> Sequence[TopicPartition]:
+    """An answer for each partition, each of which may be an error of its own."""
+    for answer in answers or ():
+        if answer.error is not None:
+            raise KafkaException(answer.error)
+    return answers or ()
+
+
+def make_client(
+    client: Callable[[dict[str, Any]], T],
+    servers: str,
+    user_properties: Mapping[str, str],
+    properties: Mapping[str, object],
+    on_error: Callable[[KafkaError], None],
+) -> T:
+    """Make a consumer, a producer or an admin client.
+
+    Raises:
+        ConfigurationError: librdkafka does not know a property of `KAFKA_CLIENT_…`, or refuses its value.
+    """
+    quiet: dict[str, object] = {"log_level": 0} if "debug" not in user_properties else {}
+    try:
+        return client(
+            {
+                **quiet,
+                "topic.metadata.refresh.interval.ms": 60_000,
+                "reconnect.backoff.max.ms": 1_000,
+                **user_properties,
+                **properties,
+                "bootstrap.servers": servers,
+                "error_cb": on_error,
+            }
+        )
+    except (KafkaException, TypeError, ValueError, AttributeError) as error:
+        reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+        named = ", ".join(KAFKA_CLIENT_PREFIX + key.upper().replace(".", "_") for key in user_properties)
+        raise ConfigurationError(
+            f"librdkafka refuses the client's settings ({' '.join(reason.split())}); correct {named or 'the settings'}"
+        ) from error
