@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sensor_pipeline"
 # From the ground up; a module may import those of the rows below its own, and of its own part.
 FLOORS = [
     ["errors"],
-    ["settings", "offsets", "rules", "failures", "fleet"],
+    ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv"],
     ["messages"],
     ["drained"],
     ["kafka", "postgres"],
