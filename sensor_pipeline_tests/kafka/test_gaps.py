@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.cli import main
+from sensor_pipeline.drained import Records
 from sensor_pipeline.errors import DataError, GapError
 from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline.settings import Settings
@@ -152,6 +153,30 @@ def test_records_deleted_while_they_are_read_are_a_gap(pipeline: Pipeline, monke
 
     with pytest.raises(GapError, match=r"partition 0 offsets \[\d+, 11\)"):
         list(drain)
+
+
+def test_records_deleted_after_they_were_read_are_not_lost(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partition 0 is read to the end of its range, partition 1 is not, and all of partition 0 goes."""
+    monkeypatch.setattr(drain_module, "_CHUNK_MESSAGES", 1)
+    pipeline.kafka = slow_reader(pipeline.settings)
+    publisher = Publisher(pipeline.settings)
+    for _ in range(12):
+        publisher.readings({0: 1, 1: 1})
+    wanted = batch(pipeline.settings, {0: (0, 2), 1: (0, 12)})
+    parts = pipeline.kafka.drain(wanted, wanted.ranges)
+    found: list[tuple[int, int]] = []
+
+    def take(part: object) -> None:
+        if isinstance(part, Records):
+            found.extend(zip(part.partition.tolist(), part.offset.tolist(), strict=True))
+
+    while not {(0, 0), (0, 1)} <= set(found):
+        take(next(parts))
+    delete_records(pipeline.settings, publisher.topic, {0: 12})
+    for part in parts:
+        take(part)
+
+    assert sorted(found) == [(0, 0), (0, 1), *((1, offset) for offset in range(12))]
 
 
 def test_where_nothing_is_lost_there_is_nothing_to_accept(pipeline: Pipeline) -> None:

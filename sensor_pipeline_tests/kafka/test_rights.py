@@ -25,6 +25,7 @@ def test_a_user_gets_on_step_by_step_as_rights_are_granted(
     publisher.readings({0: 5})
     whole = batch(settings, {0: (0, 5)})
     user = Pipeline(trial_broker.as_user(settings))
+    user.kafka = Kafka(user.settings, timeout=2)
 
     def refusal() -> str:
         with pytest.raises(ConfigurationError) as caught:
