@@ -10,6 +10,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.catch_up import CatchUp
+from sensor_pipeline.drained import Records
 from sensor_pipeline.errors import DataError, UnavailableError
 from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.kafka import drain as drain_module
@@ -69,6 +70,8 @@ def test_a_broker_that_goes_away_during_a_drain_and_a_commit_costs_nothing_but_t
     drain = pipeline.kafka.drain(whole, whole.ranges)
     next(drain)
     drained = pipeline.drain(committing)
+    patient = slow_reader(settings).drain(whole, whole.ranges)
+    parts = [next(patient)]
     trial_broker.stop()
 
     with pytest.raises(UnavailableError) as caught:
@@ -90,9 +93,17 @@ def test_a_broker_that_goes_away_during_a_drain_and_a_commit_costs_nothing_but_t
         catch_up(fresh)
 
     trial_broker.start()
-    fresh = Pipeline(settings)
+    # A drain that has not given up meanwhile goes on where it was.
+    parts += patient
+    places = [
+        place
+        for part in parts
+        if isinstance(part, Records)
+        for place in zip(part.partition.tolist(), part.offset.tolist(), strict=True)
+    ]
+    assert sorted(places) == [(p, offset) for p in (0, 1) for offset in range(8)]
     await_topic(settings, publisher.topic)
-    catch_up(fresh)
+    catch_up(Pipeline(settings))
     check_rows(settings, publisher.published)
     assert group_offsets(settings) == {0: 8, 1: 8}
 

@@ -165,7 +165,7 @@ def test_a_timestamp_before_what_kafka_has_begins_at_its_first_record(settings: 
     assert accepted_gaps(settings) == [(0, 0, 2)]
 
 
-@pytest.mark.parametrize("later", ["earliest", "latest", "group", MORNING])
+@pytest.mark.parametrize("later", ["earliest", "group"])
 def test_another_start_from_at_a_second_start_changes_nothing(settings: Settings, later: StartFrom) -> None:
     publisher = Publisher(settings)
     publisher.readings({0: 4})
