@@ -58,6 +58,9 @@ class Drain:
                     yield records
                 if len(messages) < most:
                     self._advance_by_position(consumer)
+                if done := {r.partition for r in left} - {r.partition for r in self._progress.open}:
+                    # Otherwise it would fetch on, and fail where retention takes what comes after the range.
+                    consumer.pause([TopicPartition(topic.name, p) for p in sorted(done)])
                 if self._progress.position() != before:
                     stalled_at = time.monotonic() + self._stall_timeout
                 elif time.monotonic() > stalled_at:
@@ -111,6 +114,8 @@ class Drain:
     def _heed(self, message: Message, error: KafkaError) -> None:
         """An end of partition, or something wrong."""
         partition, offset = message.partition(), message.offset()
+        if self._progress.is_read(partition):
+            return
         if error.code() == KafkaError._PARTITION_EOF and partition is not None and offset is not None:
             if not self._progress.reached(partition, offset):
                 # The range lay before the end when it was checked: the log was cut, or is another topic's.
@@ -141,6 +146,10 @@ class _Progress:
     def open(self) -> list[OffsetRange]:
         """What is still to be read."""
         return [OffsetRange(p, at, self._end[p]) for p, at in self._next.items() if at < self._end[p]]
+
+    def is_read(self, partition: int | None) -> bool:
+        """Whether it is one of the partitions, and read to its range's end."""
+        return partition in self._next and self._next[partition] >= self._end[partition]
 
     def position(self) -> int:
         """The sum of the positions, which grows with any progress."""

@@ -442,3 +442,38 @@ def test_a_topic_that_the_ledger_lost_since_the_drain_fails_the_batch_with_a_wor
         connection.execute(sa.text("DELETE FROM topics"))
     with pytest.raises(SensorPipelineError, match="readings"):
         write_once(database_settings, batch_of(log), drained)
+
+
+# Many days
+
+
+def test_a_late_reading_locks_the_days_that_it_can_touch_and_not_every_day_there_is(
+    database_settings: Settings,
+) -> None:
+    """A lock for each day and index would use up PostgreSQL's table of locks after a few years, and stop everything."""
+    days.ensure_days(Database(database_settings), [TOMORROW + timedelta(days=number) for number in range(60)])
+    start = datetime(TOMORROW.year, TOMORROW.month, TOMORROW.day) + timedelta(days=30)
+    log = Log(database_settings, "t", "t-id")
+    for second in (0, 1, 2, 3, 7, 8, 9):
+        log.publish(0, dated("m", start + timedelta(seconds=second), second in (1, 2, 3, 8)))
+    # One splits, one extends, one starts something.
+    for half, failing in ((3, False), (5, True), (15, True), (19, False)):
+        log.publish(0, dated("m", start + timedelta(seconds=half / 2), failing))
+    ingest_once(database_settings, log, OffsetRange(0, 0, 7))
+    seen: list[int] = []
+
+    def count(connection: sa.Connection, *arguments: Any) -> None:
+        query = (
+            "SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND relation::regclass::text ~ '^readings_2'"
+        )
+        cursor = connection.connection.cursor()
+        cursor.execute(query)
+        seen.append(cursor.fetchone()[0])
+
+    sa.event.listen(sa.Engine, "commit", count)
+    try:
+        ingest_once(database_settings, log)
+    finally:
+        sa.event.remove(sa.Engine, "commit", count)
+    assert stored(database_settings) == want(log)
+    assert 0 < max(seen) < 12
