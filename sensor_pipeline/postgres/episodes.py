@@ -40,23 +40,28 @@ _TOUCHED = sa.text(f"""
 """)
 _BY_ID = sa.text(f"SELECT {_FAILURE} FROM failures WHERE id = ANY (CAST(:ids AS bigint[]))")
 
+# The bounds of all probes together let the planner leave the other days out: each partition of a statement costs
+# two locks, and the server has few for one that is years old.
 _PROBE = "unnest(CAST(:machines AS bigint[]), CAST(:moments AS timestamptz[])) AS probe (machine, moment)"
 _AT = sa.text(f"""
     SELECT found.* FROM {_PROBE} CROSS JOIN LATERAL (
         SELECT id, machine_id, "timestamp", topic_id, kafka_partition, kafka_offset, has_failure, failure_id
-        FROM readings WHERE machine_id = probe.machine AND "timestamp" = probe.moment OFFSET 0
+        FROM readings WHERE machine_id = probe.machine AND "timestamp" = probe.moment
+            AND "timestamp" BETWEEN :first AND :last OFFSET 0
     ) AS found
 """)
 _AFTER = sa.text(f"""
     SELECT probe.machine, next.moment FROM {_PROBE} CROSS JOIN LATERAL (
         SELECT "timestamp" AS moment FROM readings
-        WHERE machine_id = probe.machine AND "timestamp" > probe.moment ORDER BY "timestamp" LIMIT 1
+        WHERE machine_id = probe.machine AND "timestamp" > probe.moment
+            AND "timestamp" BETWEEN :first AND :until ORDER BY "timestamp" LIMIT 1
     ) AS next
 """)
 _BEFORE = sa.text(f"""
     SELECT probe.machine, next.moment FROM {_PROBE} CROSS JOIN LATERAL (
         SELECT "timestamp" AS moment FROM readings
-        WHERE machine_id = probe.machine AND "timestamp" < probe.moment ORDER BY "timestamp" DESC LIMIT 1
+        WHERE machine_id = probe.machine AND "timestamp" < probe.moment
+            AND "timestamp" BETWEEN :since AND :last ORDER BY "timestamp" DESC LIMIT 1
     ) AS next
 """)
 
@@ -84,6 +89,7 @@ _REPOINT_ONE = sa.text("""
         CAST(:failures AS bigint[])
     ) AS new (id, machine, moment, failure_id)
     WHERE readings.machine_id = new.machine AND readings."timestamp" = new.moment AND readings.id = new.id
+        AND readings."timestamp" BETWEEN :first AND :last
 """)
 _REPOINT_BETWEEN = sa.text("""
     UPDATE readings SET failure_id = :new
@@ -133,7 +139,8 @@ def settle(
     in_order = np.setdiff1d(machine.unique(), late_machines)
     active = _failures(connection, _ACTIVE, machines=in_order.tolist())
     spans = batch[machine.isin(late_machines)].groupby("machine")["timestamp"].agg(["min", "max"])
-    late_failures, late_readings = _late(connection, batch[is_late], spans, topic_ranks)
+    until = max((last_seen[m] for m in late_machines), default=None)
+    late_failures, late_readings = _late(connection, batch[is_late], spans, topic_ranks, until)
     known = pd.concat([active, late_failures], ignore_index=True)
     stored = pd.concat([_stand_ins(active), late_readings])
     recomputed = recompute(batch[matters], stored)
@@ -141,12 +148,16 @@ def settle(
 
 
 def _late(
-    connection: sa.Connection, late: pd.DataFrame, spans: pd.DataFrame, topic_ranks: Mapping[int, int]
+    connection: sa.Connection,
+    late: pd.DataFrame,
+    spans: pd.DataFrame,
+    topic_ranks: Mapping[int, int],
+    until: datetime | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The failures that a late machine's batch touches, and the stored readings that can matter (see `failures`).
 
     `spans` has the first and last timestamp in the batch of each machine with late readings: what comes after its
-    last seen reading touches a failure too, the active one.
+    last seen reading touches a failure too, the active one. No stored reading of theirs comes after `until`.
     """
     if late.empty:
         return _failure_frame([]), _reading_frame([], topic_ranks)
@@ -157,7 +168,7 @@ def _late(
         earliest=_datetimes(spans["min"]),
         latest=_datetimes(spans["max"]),
     )
-    moments = _neighbours(connection, probes(late, known))
+    moments = _neighbours(connection, probes(late, known), known, until)
     readings = _reading_frame([], topic_ranks)
     while not moments.empty:
         readings = pd.concat([readings, _readings_at(connection, moments, topic_ranks)])
@@ -170,12 +181,14 @@ def _late(
     return known, readings
 
 
-def _neighbours(connection: sa.Connection, where: Probes) -> pd.DataFrame:
+def _neighbours(connection: sa.Connection, where: Probes, known: pd.DataFrame, until: datetime | None) -> pd.DataFrame:
     """All timestamps at which readings are to be read."""
     found = [where.at]
+    # What comes before a reading is asked only inside of a failure.
+    since = known["start"].min().to_pydatetime() if not where.before.empty else None
     for statement, frame in ((_AFTER, where.after), (_BEFORE, where.before)):
         if not frame.empty:
-            rows = connection.execute(statement, _probe_arguments(frame)).all()
+            rows = connection.execute(statement, _probe_arguments(frame) | {"since": since, "until": until}).all()
             found.append(_frame(rows, {"machine": "int64", "timestamp": UTC_MICROSECONDS}))
     return pd.concat(found).drop_duplicates()
 
@@ -226,6 +239,8 @@ def _repoint(connection: sa.Connection, recomputed: Recomputed, readings: pd.Dat
             "ids": moved.index.tolist(),
             "machines": moved["machine"].tolist(),
             "moments": _datetimes(moved["timestamp"]),
+            "first": moved["timestamp"].min().to_pydatetime(),
+            "last": moved["timestamp"].max().to_pydatetime(),
             "failures": moved["new"].tolist(),
         },
     )
@@ -295,7 +310,13 @@ def _frame(rows: Iterable[Any], columns: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _probe_arguments(frame: pd.DataFrame) -> dict[str, Any]:
-    return {"machines": frame["machine"].tolist(), "moments": _datetimes(frame["timestamp"])}
+    moments = frame["timestamp"]
+    return {
+        "machines": frame["machine"].tolist(),
+        "moments": _datetimes(moments),
+        "first": moments.min().to_pydatetime(),
+        "last": moments.max().to_pydatetime(),
+    }
 
 
 def _failure_arguments(episodes: pd.DataFrame) -> dict[str, Any]:

@@ -68,6 +68,9 @@ def test_a_run_brings_its_batch_to_the_oracles_rows_and_says_what_it_did(
     said = metadata(result, "write")
     assert (said["inserted"], said["rejected"], said["rejected by reason"]) == (40, 1, {"not_json": 1})
     assert said["failures started"] == len(expected(published).failures)
+    ended = [end for end, _ in expected(published).failures.values() if end is not None]
+    assert ended
+    assert said["failures ended"] == len(ended)
     assert {r.data["machine"] for r in said["failures"].records} == {"machine-0", "machine-1"}
     assert metadata(result, "commit")["remaining lag"] == 0
     assert pipeline.kafka.committed_offsets(pipeline.kafka.topic(batch.topic)) == {

@@ -202,6 +202,20 @@ def test_six_threads_with_sixty_overlapping_batches_end_in_the_rows_of_the_oracl
     assert stored(database_settings) == want(log)
 
 
+def test_two_batches_that_need_the_same_new_day_at_once_make_it_once(database_settings: Settings) -> None:
+    log = Log(database_settings, "t", "t-id")
+    tomorrow = datetime.now(UTC).replace(tzinfo=None) + timedelta(days=1)
+    for lane in (0, 1):
+        log.publish(lane, dated("m", tomorrow, lane == 0))
+    with ThreadPoolExecutor() as pool:
+        with other_session(database_settings, STOPS["healthy readings"]):
+            runs = [pool.submit(ingest_once, database_settings, log, OffsetRange(lane, 0, 1)) for lane in (0, 1)]
+            until(lambda: len(sessions(database_settings, waiting=True)) == 2)
+        for run in runs:
+            run.result()
+    assert stored(database_settings) == want(log)
+
+
 def test_a_topic_that_becomes_known_while_a_batch_waits_is_ordered_before_it(database_settings: Settings) -> None:
     late = Log(database_settings, "b", "1")
     for second in range(4):
