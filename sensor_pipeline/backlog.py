@@ -27,8 +27,13 @@ class TopicBacklog:
         return sum(partition.lag for partition in self.partitions)
 
 
-def read_backlog(settings: Settings, kafka: Kafka, database: Database, name: str) -> TopicBacklog:
-    """A topic's backlog; a topic that the ledger does not know is made known first.
+def read_backlog(
+    settings: Settings, kafka: Kafka, database: Database, name: str, *, register: bool = False
+) -> TopicBacklog:
+    """A topic's backlog.
+
+    A topic that the ledger does not know is made known first where `register` says so: only by what ingests it, since
+    its `START_FROM` is decided with that for good. For others it is what it would be.
 
     Raises:
         ConfigurationError: there is no such topic, or the schema is not this code's.
@@ -39,8 +44,12 @@ def read_backlog(settings: Settings, kafka: Kafka, database: Database, name: str
     end = kafka.end_offsets(topic)
     done = _ingested(database, topic)
     if done is None:
-        register_topic(settings, kafka, database, topic)
-        done = _ingested(database, topic) or {}
+        if register:
+            register_topic(settings, kafka, database, topic)
+            done = _ingested(database, topic) or {}
+        else:
+            starts = _starts(settings, kafka, database, topic)
+            done = {p: [OffsetRange(p, 0, start.offset)] for p, start in starts.items()}
     backlog = _combine(topic, first, end, done)
     if any(partition.cut_off for partition in backlog.partitions):
         # A batch may have been ingested between the two looks; now Kafka's is the later one.
@@ -54,12 +63,16 @@ def register_topic(settings: Settings, kafka: Kafka, database: Database, topic: 
     A name never seen before starts at `START_FROM`, and what lies before that is accepted as lost. A known name
     with a new topic id was deleted and created again: all of it is new, so it starts at offset 0.
     """
+    starts = _starts(settings, kafka, database, topic)
+    with database.begin() as connection:
+        ledger.add_topic(connection, topic.name, topic.kafka_topic_id, starts)
+
+
+def _starts(settings: Settings, kafka: Kafka, database: Database, topic: Topic) -> Mapping[int, FirstStart]:
     with database.begin() as connection:
         database.check_schema(connection)
         known_name = any(t.name == topic.name for t in ledger.topics(connection))
-    starts = {} if known_name else _first_starts(settings, kafka, topic)
-    with database.begin() as connection:
-        ledger.add_topic(connection, topic.name, topic.kafka_topic_id, starts)
+    return {} if known_name else _first_starts(settings, kafka, topic)
 
 
 def _combine(
@@ -80,7 +93,8 @@ def _first_starts(settings: Settings, kafka: Kafka, topic: Topic) -> Mapping[int
     elif start_from == "latest":
         wanted = kafka.end_offsets(topic)
     elif start_from == "group":
-        end = kafka.end_offsets(topic)
+        # Of all records: an older consumer may have read those of a transaction that is still open.
+        end = kafka.high_watermarks(topic)
         # A committed offset past the end was another topic's; it would skip what this one holds.
         wanted = {p: offset for p, offset in kafka.committed_offsets(topic).items() if offset <= end[p]}
     else:

@@ -142,7 +142,8 @@ class Pipeline:
         """Mirror the ledger's contiguous prefix to the group, for the batch's partitions; returns the offsets.
 
         Another batch may commit the same partitions at the same time and be overtaken here, so it is repeated
-        until the ledger stayed as it was committed. A topic that was deleted since has no group to mirror it.
+        until the ledger stayed as it was committed. A topic that was deleted and created again since
+        has no group to mirror it.
         """
         topic = self.kafka.topic(batch.topic)
         if topic.kafka_topic_id != batch.kafka_topic_id:

@@ -42,7 +42,7 @@ class CatchUp:
     def backlog(self) -> list[TopicBacklog]:
         """The backlog of every topic."""
         p = self._pipeline
-        return [read_backlog(p.settings, p.kafka, p.database, name) for name in p.settings.kafka_topics]
+        return [read_backlog(p.settings, p.kafka, p.database, name, register=True) for name in p.settings.kafka_topics]
 
     def run(self, backlogs: Sequence[TopicBacklog]) -> None:
         """Ingest a backlog as `backlog` returned it; what is published meanwhile is left for the next time.
@@ -74,6 +74,7 @@ class CatchUp:
             except (DataError, UnavailableError) as error:
                 self._note(batch, error, failed, given_up)
             else:
+                failed[:] = [f for f in failed if f[0].partition not in batch.partitions]
                 self._on_batch(batch, written)
         return list(given_up.values())
 
@@ -87,7 +88,7 @@ class CatchUp:
     ) -> Iterator[Batch]:
         p = self._pipeline
         while True:
-            backlog = read_backlog(p.settings, p.kafka, p.database, name)
+            backlog = read_backlog(p.settings, p.kafka, p.database, name, register=True)
             partitions = [
                 replace(
                     b,

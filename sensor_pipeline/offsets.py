@@ -158,13 +158,15 @@ class PartitionBacklog:
         free = subtract(self.unread, self.in_flight)
         return free[0] if free else None
 
+    @property
+    def tries(self) -> list[datetime]:
+        """When the tries ended that failed on the next range."""
+        wanted = self.next_range
+        return [ended for tried, ended in self.failed if wanted and tried.start <= wanted.start < tried.end]
+
     def retry_at(self) -> datetime | None:
         """When the next range may be tried again, if it has failed: after a pause that grows with each try."""
-        wanted = self.next_range
-        if wanted is None:
-            return None
-        ends = [ended for tried, ended in self.failed if tried.start <= wanted.start < tried.end]
-        return max(ends) + pause(len(ends)) if ends else None
+        return max(self.tries) + pause(len(self.tries)) if self.tries else None
 
 
 def pause(attempts: int) -> timedelta:
@@ -236,7 +238,9 @@ def _plan_lane(
     while len(planned) < slots:
         last_slot = len(planned) == slots - 1
         if alone and (last_slot or not any(b.next_range for b in together)):
-            ranges = _fill([alone.pop(0).next_range], batch_size)
+            # Half as large after each try: it may be its size that it failed for.
+            tried = alone.pop(0)
+            ranges = _fill([tried.next_range], max(1, batch_size >> len(tried.tries)))
         else:
             ranges = _fill([b.next_range for b in together], batch_size)
         if not ranges:

@@ -22,6 +22,8 @@ DAEMON_TICK_SECONDS = 5
 # At most this many batches of a lane are launched and not yet ended.
 BATCHES_IN_FLIGHT = 2
 
+_SLOW_READINGS_PER_SECOND = 10_000
+
 # librdkafka properties that carry a guarantee; the pipeline sets them itself.
 _RESERVED_PROPERTIES = {
     "bootstrap.servers": "set KAFKA_BOOTSTRAP_SERVERS",
@@ -97,6 +99,11 @@ class Settings:
     def most_readings_per_second(self) -> float:
         """What the settings allow at most over all lanes, however fast the servers are."""
         return self.lanes * BATCHES_IN_FLIGHT * self.batch_size / self.interval_seconds
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the settings hold the pipeline far under what the servers can do."""
+        return self.most_readings_per_second < _SLOW_READINGS_PER_SECOND
 
     def capacity_note(self) -> str:
         """One sentence on what `BATCH_SIZE`, `LANES` and `COMMIT_INTERVAL_MS` allow at most."""

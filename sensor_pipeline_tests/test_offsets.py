@@ -335,7 +335,7 @@ def test_a_partition_with_a_gap_is_planned_alone() -> None:
 
 
 def test_a_failed_batch_waits_longer_each_time_and_says_until_when() -> None:
-    simulation = Simulation([3], lanes=1, batch_size=10, limit=1, poison={(0, 1)})
+    simulation = Simulation([3], lanes=1, batch_size=10, limit=1, poison={(0, 0)})
     launched = []
     for _ in range(2000):
         planned = simulation.tick()
@@ -402,3 +402,13 @@ def test_the_gap_is_what_kafka_no_longer_has_and_the_ledger_does_not_hold(
         assert places(backlog.gap) == {(partition, o) for o in set(range(first)) - mine}
         assert places(backlog.unread) == {(partition, o) for o in set(range(backlog.end)) - mine}
         assert backlog.lag == len(set(range(backlog.end)) - mine)
+
+
+def test_a_batch_that_failed_is_tried_again_half_as_large_each_time() -> None:
+    sizes = []
+    for tries in range(6):
+        failed = tuple((OffsetRange(0, 0, 100), NOW) for _ in range(tries))
+        backlog = PartitionBacklog(partition=0, first=0, end=1000, failed=failed)
+        planned = plan([backlog], lanes=1, batch_size=8, in_flight_limit=1, in_flight={}, now=NOW + timedelta(days=1))
+        sizes.append(sum(map(len, planned.batches[0].ranges)))
+    assert sizes == [8, 4, 2, 1, 1, 1]

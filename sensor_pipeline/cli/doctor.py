@@ -21,18 +21,26 @@ from sensor_pipeline.settings import Settings
 
 MAX_CLOCK_SKEW = timedelta(seconds=30)
 MIN_POSTGRES = 140_000
-LOW_RATE = 10_000
 
 # What the pipeline does to each table.
 _RIGHTS = {
-    "topics": "SELECT, INSERT",
+    "topics": "SELECT, INSERT, UPDATE",  # UPDATE is what its lock asks for
     "machines": "SELECT, INSERT, UPDATE",
     "failures": "SELECT, INSERT, UPDATE, DELETE",
     "readings": "SELECT, INSERT, UPDATE",
+    "readings_horizon": "SELECT",
     "rejected_messages": "SELECT, INSERT",
     "ingested_offsets": "SELECT, INSERT, UPDATE",
     "batches": "SELECT, INSERT",
     "accepted_gaps": "SELECT, INSERT",
+}
+
+_MORE_RIGHTS = {
+    "USAGE on the sequence of failures": """
+        SELECT has_sequence_privilege(pg_get_serial_sequence('failures', 'id'), 'USAGE')""",
+    "USAGE on readings_id_seq": "SELECT has_sequence_privilege('readings_id_seq', 'USAGE')",
+    "CREATE on the schema of readings, for its day partitions": """
+        SELECT has_schema_privilege(relnamespace, 'CREATE') FROM pg_class WHERE oid = 'readings'::regclass""",
 }
 
 Check = tuple[str, Callable[[], str]]
@@ -108,6 +116,9 @@ def _rights(pipeline: Pipeline) -> str:
                 query = sa.text("SELECT has_table_privilege(:table, :right)")
                 if not connection.scalars(query, {"table": table, "right": right}).one():
                     missing.append(f"{right} on {table}")
+        for what, question in _MORE_RIGHTS.items():
+            if not connection.scalars(sa.text(question)).one():
+                missing.append(what)
         owner = connection.scalars(
             sa.text("SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'readings'::regclass")
         ).one()
@@ -143,7 +154,7 @@ def _backlog(pipeline: Pipeline, name: str) -> str:
 
 
 def _capacity(settings: Settings) -> str:
-    if settings.most_readings_per_second < LOW_RATE:
+    if settings.is_slow:
         raise ConfigurationError(f"{settings.capacity_note()}; raise BATCH_SIZE (250000 is the default)")
     return settings.capacity_note()
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 2.0
 WATCH_SECONDS = 0.5
-# Below this, what the settings allow is worth a word: a batch of this size is far under what the servers can do.
-FEW_READINGS_PER_SECOND = 10_000
 
 
 class Interrupted(BaseException):
@@ -110,7 +108,7 @@ def _greet(stack: Stack, screen: PlainScreen) -> None:
         ("Data, logs", str(stack.data_dir)),
     ):
         screen.say(f"  {name:<11} {value}")
-    if settings.most_readings_per_second < FEW_READINGS_PER_SECOND:
+    if settings.is_slow:
         screen.say(f"  Note: {settings.capacity_note()}")
     screen.say("  `sensor-pipeline env` prints this as variables, with the password. Ctrl-C stops everything.")
 

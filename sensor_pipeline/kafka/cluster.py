@@ -69,6 +69,10 @@ class Kafka(Connection):
         """For each partition the last stable offset: what read_committed can read up to."""
         return self._list_offsets(topic, OffsetSpec.latest())  # type: ignore[no-untyped-call]
 
+    def high_watermarks(self, topic: Topic) -> dict[int, int]:
+        """For each partition the end of its log, open transactions included."""
+        return self._list_offsets(topic, OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)  # type: ignore[no-untyped-call]
+
     def offsets_at(self, topic: Topic, moment: datetime) -> dict[int, int]:
         """For each partition the first offset whose record is not older than `moment`; the end if none is."""
         found = self._list_offsets(topic, OffsetSpec.for_timestamp(round(moment.timestamp() * 1000)))
@@ -117,13 +121,13 @@ class Kafka(Connection):
         """
         return Drain(self, batch, wanted, self._stall_timeout).run()
 
-    def _list_offsets(self, topic: Topic, spec: OffsetSpec) -> dict[int, int]:
+    def _list_offsets(
+        self, topic: Topic, spec: OffsetSpec, isolation: IsolationLevel = IsolationLevel.READ_COMMITTED
+    ) -> dict[int, int]:
         request = {TopicPartition(topic.name, p): spec for p in topic.partitions}
 
         def ask() -> dict[int, int]:
-            futures = self.admin().list_offsets(
-                request, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=self.timeout
-            )
+            futures = self.admin().list_offsets(request, isolation_level=isolation, request_timeout=self.timeout)
             return {tp.partition: future.result(self.timeout + 10).offset for tp, future in futures.items()}
 
         return self.ask(ask, topic.name)

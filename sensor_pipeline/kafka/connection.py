@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from sensor_pipeline.errors import ConfigurationError, SensorPipelineError
+from sensor_pipeline.errors import ConfigurationError, SensorPipelineError, UnavailableError
 from sensor_pipeline.kafka.errors import ASK_AGAIN, AUTHENTICATION, GROUP_IN_USE, translate
 from sensor_pipeline.settings import KAFKA_CLIENT_PREFIX, Settings
 
@@ -89,6 +89,11 @@ class Connection:
                 time.sleep(_ASK_AGAIN_SECONDS)
                 # The client may go on with the leader that it knows until it is told to look again.
                 self.admin().describe_topics(TopicCollection([topic]))[topic].exception(self.timeout + 10)
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"Kafka at {self.servers} did not answer for topic {topic}{self.said()}; check that it runs and "
+                    "that KAFKA_BOOTSTRAP_SERVERS is right, then try again"
+                ) from error
             else:
                 self._last_error = None
                 return answer

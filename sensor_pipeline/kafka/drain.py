@@ -190,5 +190,9 @@ def _bytes(value: object) -> bytes | None:
 
 
 def _headers(message: Message) -> Headers:
-    pairs: list[tuple[str, object]] = list(message.headers() or [])  # type: ignore[arg-type]
+    try:
+        pairs: list[tuple[str, object]] = list(message.headers() or [])  # type: ignore[arg-type]
+    except UnicodeDecodeError:
+        # Kafka takes any bytes for a header's name, and the client gives such headers in no other way.
+        return [("headers with a name that is not UTF-8", None)]
     return [(name, _bytes(value)) for name, value in pairs]

@@ -45,7 +45,6 @@ _FAILED_WITHIN = timedelta(hours=1)
 _FAILED_AT_MOST = 500
 # A tick has 60 s; a Kafka that does not answer must leave time to say so.
 _KAFKA_SECONDS = 10
-_LOW_RATE = 10_000
 _TAG_CHARACTERS = 200
 
 
@@ -84,7 +83,7 @@ def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
             else:
                 requests += planned
                 said.append(sentence)
-        if settings.most_readings_per_second < _LOW_RATE:
+        if settings.is_slow:
             said.append(settings.capacity_note())
         context.log.info("; ".join(said))
         return SensorResult(run_requests=requests) if requests else SkipReason("; ".join(said))
@@ -112,7 +111,7 @@ def read_runs(instance: DagsterInstance, job_name: str) -> Runs:
 def _plan_topic(
     settings: Settings, kafka: Kafka, database: Database, name: str, runs: Runs
 ) -> tuple[list[RunRequest], str]:
-    backlog = read_backlog(settings, kafka, database, name)
+    backlog = read_backlog(settings, kafka, database, name, register=True)
     topic = backlog.topic
     mine = [batch for batch in runs.in_flight if batch.kafka_topic_id == topic.kafka_topic_id]
     failed = [(batch, ended) for batch, ended in runs.failed if batch.kafka_topic_id == topic.kafka_topic_id]

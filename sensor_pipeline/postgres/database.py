@@ -20,6 +20,10 @@ SCHEMA_VERSION = "0001"
 VERSION_TABLE = "sensor_pipeline_schema"
 
 _CONNECT_SECONDS = 10
+# A host that vanishes in the middle of a transaction keeps its locks until its connection is given up; the default
+# of most systems is two hours. Both ends are told: this one, and the server.
+_KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+_TCP_USER_TIMEOUT_MS = 60_000
 _NOT_MIGRATED = {"42P01", "42703", "3F000", "42883"}
 # Another program's table in the way, a feature that the version lacks.
 _WRONG_STATEMENT = {"42", "0A"}
@@ -54,7 +58,11 @@ class Database:
                 "client_encoding": "utf8",
                 # Timestamps come back in UTC: year 1 has no earlier local time in Python. The transaction's order of
                 # statements is made for READ COMMITTED.
-                "options": r"-c timezone=UTC -c default_transaction_isolation=read\ committed",
+                "options": r"-c timezone=UTC -c default_transaction_isolation=read\ committed "
+                + " ".join(f"-c tcp_{name}={value}" for name, value in _KEEPALIVE.items())
+                + f" -c tcp_user_timeout={_TCP_USER_TIMEOUT_MS}",
+                **_KEEPALIVE,
+                "tcp_user_timeout": _TCP_USER_TIMEOUT_MS,
                 **ssl,
             },
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,6 @@ class Written:
     rejected_by_reason: Mapping[str, int] = field(default_factory=dict)
     failures_started: Sequence[tuple[str, datetime]] = ()
     failures_ended: Sequence[tuple[str, datetime]] = ()
-    machines: int = 0
 
 
 def write(database: Database, batch: Batch, drained: Drained, detected: pd.DataFrame, origin: Origin) -> Written:
@@ -134,6 +134,7 @@ class _Transaction:
         self._drained = drained
         self._readings = detected
         self._origin = origin
+        self._began = time.perf_counter()
 
     def run(self) -> Written:
         self._connection.execute(_SETTINGS)
@@ -180,15 +181,14 @@ class _Transaction:
             rejected_by_reason=self._drained.rejected_by_reason,
             failures_started=_named(settled.started, by_id),
             failures_ended=_named(settled.ended, by_id),
-            machines=len(names),
         )
         batch_id = self._log(topic.id, written)
         ledger.add(
             self._connection,
             topic.id,
             todo,
-            readings=_count(readings["partition"].tolist()),
-            rejected=_count([message.partition for message in self._drained.rejected]),
+            readings=Counter(readings["partition"].tolist()),
+            rejected=Counter(message.partition for message in self._drained.rejected),
             no_record=no_record,
         )
         # 7
@@ -295,10 +295,13 @@ class _Transaction:
                 "failures_started": len(written.failures_started),
                 "failures_ended": len(written.failures_ended),
                 "started_at": self._origin.started_at,
-                "timings": json.dumps(dict(self._origin.timings)),
+                "timings": json.dumps(dict(self._origin.timings) | {"write": self._seconds()}),
             },
         ).one()
         return batch_id
+
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self._began, 3)
 
     def _check_places(self, no_record: Sequence[OffsetRange]) -> None:
         """Each offset came once, so that a sum that adds up leaves none out."""
@@ -361,10 +364,6 @@ def _is_in(message: RejectedMessage, ranges: Sequence[OffsetRange]) -> bool:
 
 def _named(events: Sequence[FailureEvent], names: Mapping[int, str]) -> list[tuple[str, datetime]]:
     return [(names[event.machine_id], event.at.astimezone(UTC)) for event in events]
-
-
-def _count(partitions: Sequence[int]) -> Mapping[int, int]:
-    return Counter(partitions)
 
 
 def _headers_json(headers: Headers) -> str:

@@ -27,7 +27,7 @@ def batch(settings: Settings, ranges: Mapping[int, tuple[int, int]], topic: str 
 def backlog(pipeline: Pipeline, topic: str | None = None) -> TopicBacklog:
     """The backlog of the settings' first topic."""
     name = topic or pipeline.settings.kafka_topics[0]
-    return read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, name)
+    return read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, name, register=True)
 
 
 def catch_up(pipeline: Pipeline) -> list[Batch]:

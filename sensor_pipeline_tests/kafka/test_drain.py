@@ -135,3 +135,14 @@ def test_a_partition_that_the_topic_does_not_have_is_named(pipeline: Pipeline) -
     Publisher(pipeline.settings).readings({0: 1})
     with pytest.raises(ConfigurationError, match=f"topic {pipeline.settings.kafka_topics[0]} has no partition 4, 7"):
         pipeline.run(batch(pipeline.settings, {0: (0, 1), 4: (0, 1), 7: (0, 1)}))
+
+
+class _HeadersWithBytesForAName:
+    """What the client gives for a record whose header has a name that is not UTF-8; it cannot send one itself."""
+
+    def headers(self) -> None:
+        b"\xff".decode()
+
+
+def test_a_header_with_a_name_that_is_not_utf_8_does_not_stop_a_batch() -> None:
+    assert drain_module._headers(_HeadersWithBytesForAName()) == [("headers with a name that is not UTF-8", None)]

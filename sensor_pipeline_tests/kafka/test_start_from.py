@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from sensor_pipeline.backlog import read_backlog
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.settings import Settings, StartFrom
 from sensor_pipeline_tests.kafka.inspecting import (
@@ -192,3 +193,16 @@ def test_a_batch_by_hand_of_a_topic_never_seen_starts_it_too(settings: Settings)
     assert (written.inserted, written.already_ingested) == (0, 4)
     assert ledger_ranges(settings, publisher.topic_id) == {0: [(0, 4)]}
     assert totals(settings) == (0, 0, 0, 4)
+
+
+def test_a_look_by_status_decides_nothing_and_shows_what_would_be(settings: Settings) -> None:
+    publisher = Publisher(settings)
+    old = publisher.readings({0: 4})
+    pipeline = starting(settings, "latest")
+    looked = read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, settings.kafka_topics[0])
+    assert looked.lag == 0
+    assert accepted_gaps(settings) == []
+
+    catch_up(starting(settings, "earliest"))
+
+    check_rows(settings, old)
