@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 
@@ -38,26 +39,37 @@ def run(settings: Settings, *command: str, cwd: Path = ROOT, **more: str) -> sub
 
 
 @contextmanager
-def daemon(settings: Settings, home: Path, **more: str) -> Iterator[Mapping[str, str]]:
-    """A Dagster daemon with the instance settings of a deployment, stopped at the end; yields its environment."""
-    home.mkdir()
-    (home / "dagster.yaml").write_text(
-        resources.files("sensor_pipeline.orchestration").joinpath("dagster.yaml").read_text()
-    )
-    env = environment(settings, DAGSTER_HOME=str(home), **more)
-    with (home / "daemon.log").open("w") as log:
+def running(command: list[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> Iterator[None]:
+    """A command of `.venv/bin` that runs during the block, and ends after it with all that it started."""
+    with log.open("w") as output:
         process = subprocess.Popen(
-            [str(BIN / "dagster-daemon"), "run", "-w", str(ROOT / "workspace.yaml")],
-            env=env,
-            cwd=home,
-            stdout=log,
+            [str(BIN / command[0]), *command[1:]],
+            env=dict(env),
+            cwd=cwd,
+            stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
-            yield env
+            yield
         finally:
             process.terminate()
             process.wait(60)
+            # A code server of its own ends by itself, but not while it starts a run.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def daemon(settings: Settings, home: Path, **more: str) -> Iterator[Mapping[str, str]]:
+    """A Dagster daemon with the instance settings of a deployment; yields its environment."""
+    home.mkdir()
+    instance = resources.files("sensor_pipeline.orchestration").joinpath("dagster.yaml").read_text()
+    (home / "dagster.yaml").write_text(instance)
+    env = environment(settings, DAGSTER_HOME=str(home), **more)
+    command = ["dagster-daemon", "run", "-w", str(ROOT / "workspace.yaml")]
+    with running(command, env=env, cwd=home, log=home / "daemon.log"):
+        yield env
 
 
 def wait_until(what: str, holds: object, *, log: Path | None = None) -> None:

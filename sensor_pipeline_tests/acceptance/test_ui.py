@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from sensor_pipeline.embedded import ports
 from sensor_pipeline.settings import Settings
-from sensor_pipeline_tests.acceptance.commands import BIN, DEADLINE_SECONDS, ROOT, daemon, wait_until
+from sensor_pipeline_tests.acceptance.commands import DEADLINE_SECONDS, ROOT, daemon, running, wait_until
 from sensor_pipeline_tests.acceptance.test_three_ways import dagster_database, lag, publish_fleet
 from sensor_pipeline_tests.oracle import connect, expected, stored
 
@@ -31,20 +30,11 @@ def web_server(env: Mapping[str, str], home: Path) -> Iterator[str]:
     """Dagster's web server on the daemon's instance; yields its address."""
     port = ports.any_free()
     address = f"http://{ports.LOOPBACK}:{port}"
-    with (home / "web.log").open("w") as log:
-        process = subprocess.Popen(
-            [str(BIN / "dagster-webserver"), "-h", ports.LOOPBACK, "-p", str(port), "-w", str(ROOT / "workspace.yaml")],
-            env=dict(env),
-            cwd=home,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            wait_until("the UI answers", lambda: answers(f"{address}/server_info"), log=home / "web.log")
-            yield address
-        finally:
-            process.terminate()
-            process.wait(60)
+    log = home / "web.log"
+    command = ["dagster-webserver", "-h", ports.LOOPBACK, "-p", str(port), "-w", str(ROOT / "workspace.yaml")]
+    with running(command, env=env, cwd=home, log=log):
+        wait_until("the UI answers", lambda: answers(f"{address}/server_info"), log=log)
+        yield address
 
 
 def answers(address: str) -> bool:
