@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sensor_pipeline.kafka import Kafka, Topic
@@ -52,8 +52,11 @@ def read_backlog(
             done = {p: [OffsetRange(p, 0, start.offset)] for p, start in starts.items()}
     backlog = _combine(topic, first, end, done)
     if any(partition.cut_off for partition in backlog.partitions):
-        # A batch may have been ingested between the two looks; now Kafka's is the later one.
-        backlog = _combine(topic, first, kafka.end_offsets(topic), done)
+        # A batch may have been ingested between the two looks, or an older consumer have read into a transaction that
+        # is still open; now Kafka's look is the later one, and at all that it has.
+        log_ends = kafka.high_watermarks(topic)
+        partitions = tuple(replace(p, log_end=log_ends[p.partition]) for p in backlog.partitions)
+        backlog = replace(backlog, partitions=partitions)
     return backlog
 
 

@@ -111,12 +111,14 @@ class PartitionBacklog:
     """What is known of one partition when a plan is made.
 
     `first` is the first offset that Kafka still has and `end` its last stable one; `in_flight` are the ranges
-    of runs that have not ended; `failed` are the ranges of failed runs with the time when each ended.
+    of runs that have not ended; `log_end` is where the log ends with its open transactions, where that was asked;
+    `failed` are the ranges of failed runs with the time when each ended.
     """
 
     partition: int
     first: int
     end: int
+    log_end: int | None = None
     ingested: tuple[OffsetRange, ...] = ()
     in_flight: tuple[OffsetRange, ...] = ()
     failed: tuple[tuple[OffsetRange, datetime], ...] = ()
@@ -144,10 +146,11 @@ class PartitionBacklog:
         the ledger's end would pass for ingested.
         """
         ingested_to = max((span.end for span in self.ingested), default=0)
-        if ingested_to <= self.end:
+        log_end = self.end if self.log_end is None else self.log_end
+        if ingested_to <= log_end:
             return None
         return (
-            f"partition {self.partition} was ingested up to offset {ingested_to}, but Kafka's log ends at {self.end}: "
+            f"partition {self.partition} was ingested up to offset {ingested_to}, but Kafka's log ends at {log_end}: "
             "it lost records and uses their offsets again. Nothing of it is ingested: restore the log, or publish to "
             "a topic that is created anew"
         )

@@ -323,6 +323,18 @@ def test_a_partition_in_trouble_is_tried_however_much_the_others_have(others: in
     assert len(simulation.done) >= 6 * batch_size * limit
 
 
+def test_a_partition_whose_log_was_cut_is_not_planned_and_holds_up_no_other() -> None:
+    """What lies at its offsets now is not what was counted there."""
+    cut = PartitionBacklog(partition=0, first=0, end=4, ingested=(OffsetRange(0, 3, 6),))
+    sound = PartitionBacklog(partition=1, first=0, end=4)
+
+    planned = plan([cut, sound], lanes=1, batch_size=100, in_flight_limit=2, in_flight={}, now=NOW)
+
+    assert [batch.ranges for batch in planned.batches] == [(OffsetRange(1, 0, 4),)]
+    assert len(planned.waiting) == 1
+    assert "partition 0 was ingested up to offset 6" in planned.waiting[0]
+
+
 def test_a_partition_with_a_gap_is_planned_alone() -> None:
     partitions = [PartitionBacklog(partition=p, first=5 if p == 1 else 0, end=10) for p in range(3)]
 

@@ -9,6 +9,7 @@ import pytest
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.drained import Records
 from sensor_pipeline.errors import ConfigurationError, UnavailableError
+from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.inspecting import batch, catch_up, check_rows, ledger_ranges, totals
@@ -129,6 +130,19 @@ def test_a_batch_that_asks_beyond_the_end_says_which_partition_and_where_it_ends
     assert "1:1-5 (its end is 3)" in str(caught.value)
     assert "0:0-3" not in str(caught.value)
     check_rows(pipeline.settings, [])
+
+
+def test_a_drain_that_gets_no_further_gives_up_and_says_where(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the log is cut after its end was looked up."""
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({0: 3, 1: 3})
+    pipeline.kafka = Kafka(pipeline.settings, stall_timeout=0.3)
+    monkeypatch.setattr(pipeline.kafka, "end_offsets", lambda _: {0: 3, 1: 9})
+
+    with pytest.raises(UnavailableError, match=f"no progress for .* while reading {publisher.topic} 1:3-9 from"):
+        pipeline.run(batch(pipeline.settings, {0: (0, 3), 1: (0, 9)}))
 
 
 def test_a_partition_that_the_topic_does_not_have_is_named(pipeline: Pipeline) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from confluent_kafka.admin import AclOperation, ResourceType
@@ -13,7 +14,7 @@ from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.brokers import PASSWORD, TrialBroker, grant
 from sensor_pipeline_tests.kafka.inspecting import batch, catch_up, check_rows
-from sensor_pipeline_tests.kafka.producing import Publisher, group_offsets
+from sensor_pipeline_tests.kafka.producing import Publisher, eventually, group_offsets
 
 
 def test_a_user_gets_on_step_by_step_as_rights_are_granted(
@@ -27,26 +28,32 @@ def test_a_user_gets_on_step_by_step_as_rights_are_granted(
     user = Pipeline(trial_broker.as_user(settings))
     user.kafka = Kafka(user.settings, timeout=2)
 
-    def refusal() -> str:
-        with pytest.raises(ConfigurationError) as caught:
-            user.run(whole)
-        message = str(caught.value)
-        assert PASSWORD not in message
-        assert "\n" not in message
-        assert topic in message
-        return message
+    def outcome(pipeline: Pipeline) -> str:
+        try:
+            pipeline.run(whole)
+        except ConfigurationError as error:
+            message = str(error)
+            assert PASSWORD not in message
+            assert "\n" not in message
+            assert topic in message
+            return message
+        return "done"
 
-    refusal()
-    grant(settings, {(ResourceType.TOPIC, topic): AclOperation.DESCRIBE})
-    assert "may not read the topic (it needs READ" in refusal()
+    assert outcome(user) != "done"
+    rights = {(ResourceType.TOPIC, topic): AclOperation.DESCRIBE, (ResourceType.GROUP, group): AclOperation.READ}
+    grant(settings, rights)
+    # Rights reach the broker a moment after they were granted.
+    eventually(lambda: "may not read the topic (it needs READ" in outcome(user), "the right to read is asked for")
     check_rows(settings, [])
 
     grant(settings, {(ResourceType.TOPIC, topic): AclOperation.READ})
-    assert "may not use the consumer group (it needs READ on it)" in refusal()
-    assert group_offsets(settings) == {}
+    stranger = Pipeline(replace(user.settings, kafka_group_id="another-group"))
+    stranger.kafka = Kafka(stranger.settings, timeout=2)
+    asked = "may not use the consumer group (it needs READ on it)"
+    eventually(lambda: asked in outcome(stranger), "the right to the group is asked for")
+    assert group_offsets(replace(settings, kafka_group_id="another-group")) == {}
 
-    grant(settings, {(ResourceType.GROUP, group): AclOperation.READ})
-    user.run(whole)
+    eventually(lambda: outcome(user) == "done", "it has all rights")
     check_rows(settings, publisher.published)
     assert group_offsets(settings) == {0: 5}
     publisher.readings({0: 2, 1: 1})

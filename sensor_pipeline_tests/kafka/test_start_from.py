@@ -119,6 +119,25 @@ def test_group_offsets_older_than_what_kafka_has_are_said_in_the_record(settings
     assert why == "first start with START_FROM=group; the group was at 2, Kafka's first offset is 7"
 
 
+def test_a_group_that_read_into_an_open_transaction_is_taken_over_where_it_was(settings: Settings) -> None:
+    """The older consumer did not wait for transactions to end; the log is whole all the same."""
+    publisher = Publisher(settings)
+    publisher.readings({0: 4})
+    transaction = publisher.begin()
+    transaction.readings({0: 3})
+    set_group_offsets(settings, {0: 6})
+    group = starting(settings, "group")
+
+    catch_up(group)
+    check_rows(settings, [])
+    transaction.commit()
+    publisher.readings({0: 2})
+    catch_up(group)
+
+    check_rows(settings, [m for m in publisher.published if m.offset >= 6])
+    assert accepted_gaps(settings) == [(0, 0, 6)]
+
+
 def test_group_offsets_past_the_end_are_not_believed(settings: Settings) -> None:
     publisher = Publisher(settings)
     publisher.readings({0: 3})

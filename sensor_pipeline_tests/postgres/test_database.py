@@ -161,10 +161,12 @@ def test_what_is_no_postgresql_is_unavailable(
     postgres: Settings, answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "_CONNECT_SECONDS", 2)
-    with something_else(answer) as port:
+    with ThreadPoolExecutor() as pool, something_else(answer) as port:
         wrong = replace(postgres, postgres_port=port, postgres_password=SECRET)
+        # In a thread, so that one that waits for ever is cut off with the server.
+        attempt = pool.submit(run, wrong, "SELECT 1")
         with pytest.raises(UnavailableError, match="no connection to PostgreSQL") as error:
-            run(wrong, "SELECT 1")
+            attempt.result(timeout=60)
         said_by(error, wrong)
 
 
