@@ -1,6 +1,7 @@
 """What must be in PostgreSQL, from what was published and nothing else: slow, naive, and not the pipeline's code.
 
-The oracle replays every reading of a machine in event-time order. It shares no code with the package.
+The oracle replays every reading of a machine in event-time order. Of the package it uses only the settings that say
+where the database is.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class Database:
     between batches minutes apart; a new one takes about 5 ms.
     """
 
-    def __init__(self, settings: Settings, *, database: str | None = None) -> None:
-        self.name = f"{settings.postgres_host}:{settings.postgres_port}/{database or settings.postgres_db}"
+    def __init__(self, settings: Settings) -> None:
+        self.name = f"{settings.postgres_host}:{settings.postgres_port}/{settings.postgres_db}"
         self._user = settings.postgres_user
         ssl = {"sslmode": settings.postgres_sslmode} if settings.postgres_sslmode else {}
         self._engine = sa.create_engine(
@@ -48,7 +48,7 @@ class Database:
                 password=settings.postgres_password,
                 host=settings.postgres_host,
                 port=settings.postgres_port,
-                database=database or settings.postgres_db,
+                database=settings.postgres_db,
             ),
             poolclass=NullPool,
             connect_args={

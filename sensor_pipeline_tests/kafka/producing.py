@@ -13,7 +13,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, Produc
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic, OffsetSpec
 
 from sensor_pipeline.errors import ConfigurationError, UnavailableError
-from sensor_pipeline.kafka import Kafka
+from sensor_pipeline.kafka import Kafka, Topic
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.oracle import Published
 
@@ -50,10 +50,10 @@ class Publisher:
     def __init__(self, settings: Settings, topic: str | None = None) -> None:
         self.settings = settings
         self.topic = topic or settings.kafka_topics[0]
-        await_topic(settings, self.topic)
-        self.topic_id = Kafka(settings).topic(self.topic).kafka_topic_id
+        self.topic_id = await_topic(settings, self.topic).kafka_topic_id
         self.published: list[Published] = []
         self._producer = Producer(self._properties())
+        self._idle: list[Producer] = []
         self._seconds = itertools.count()
 
     def send(
@@ -83,8 +83,8 @@ class Publisher:
         return self
 
     def begin(self) -> Transaction:
-        """A transaction with a producer of its own."""
-        return Transaction(self)
+        """A transaction; several may be open at once."""
+        return Transaction(self, self._idle.pop() if self._idle else self._transactional())
 
     def committed(self, counts: Mapping[int, int]) -> None:
         """So many good messages for each partition, in one committed transaction."""
@@ -97,6 +97,11 @@ class Publisher:
         transaction = self.begin()
         transaction.readings(counts)
         transaction.abort()
+
+    def _transactional(self) -> Producer:
+        producer = Producer(self._properties() | {"transactional.id": f"{self.topic}-{next(_numbers)}"})
+        producer.init_transactions(_PATIENCE_SECONDS)
+        return producer
 
     def _properties(self) -> dict[str, Any]:
         return {
@@ -150,13 +155,11 @@ class Publisher:
 class Transaction:
     """A transaction on a publisher's topic: only its commit makes its messages published."""
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher, producer: Producer) -> None:
         self._publisher = publisher
+        self._producer = producer
         self._sent: list[Published] = []
-        properties = publisher._properties() | {"transactional.id": f"{publisher.topic}-{next(_numbers)}"}
-        self._producer = Producer(properties)
-        self._producer.init_transactions(_PATIENCE_SECONDS)
-        self._producer.begin_transaction()
+        producer.begin_transaction()
 
     def send(self, partition: int, value: bytes | None, *, bad: str | None = None) -> None:
         """One message."""
@@ -178,6 +181,7 @@ class Transaction:
         self._await_markers()
 
     def _await_markers(self) -> None:
+        self._publisher._idle.append(self._producer)
         last = {entry.partition: entry.offset for entry in self._sent}
 
         def written() -> bool:
@@ -200,18 +204,20 @@ def create_topic(settings: Settings, name: str, partitions: int, config: Mapping
     await_topic(settings, name, partitions)
 
 
-def await_topic(settings: Settings, name: str, partitions: int | None = None) -> None:
+def await_topic(settings: Settings, name: str, partitions: int | None = None) -> Topic:
     """Wait until the broker leads all partitions of a topic: it answers a little before that."""
     kafka = Kafka(settings)
+    found: list[Topic] = []
 
     def is_there() -> bool:
         try:
-            topic = kafka.topic(name)
-            return len(kafka.end_offsets(topic)) == (partitions or len(topic.partitions))
+            found.append(kafka.topic(name))
+            return len(kafka.end_offsets(found[-1])) == (partitions or len(found[-1].partitions))
         except (ConfigurationError, UnavailableError):
             return False
 
     eventually(is_there, f"topic {name} is there")
+    return found[-1]
 
 
 def delete_topic(settings: Settings, name: str) -> None:

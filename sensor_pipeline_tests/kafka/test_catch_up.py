@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.catch_up import CatchUp
+from sensor_pipeline.drained import Drained
 from sensor_pipeline.errors import DataError, UnavailableError
 from sensor_pipeline.offsets import Batch
 from sensor_pipeline.postgres.transaction import Written
@@ -43,14 +45,9 @@ def test_any_batch_size_and_lanes_give_the_same_rows(settings: Settings, batch_s
     assert all(len({p % lanes for p in batch.partitions}) == 1 for batch in batches)
     ends = pipeline.kafka.end_offsets(pipeline.kafka.topic(publisher.topic))
     assert group_offsets(settings) == {p: end for p, end in ends.items() if end}
-    assert query(settings, "SELECT count(*) FROM batches") == [(len(batches),)]
-
-
-def test_catching_up_again_does_nothing(pipeline: Pipeline) -> None:
-    publisher = eventful_topic(pipeline.settings)
-    catch_up(pipeline)
+    # And again there is nothing to do.
     assert catch_up(pipeline) == []
-    check_rows(pipeline.settings, publisher.published)
+    assert query(settings, "SELECT count(*) FROM batches") == [(len(batches),)]
 
 
 def test_what_is_published_meanwhile_is_left_for_the_next_time(settings: Settings) -> None:
@@ -173,3 +170,22 @@ def test_a_partition_that_stays_away_is_given_up_and_the_others_come_in(
         catch_up(pipeline)
 
     check_rows(pipeline.settings, [m for m in publisher.published if m.partition != 1])
+
+
+def test_failures_of_long_ago_do_not_count_against_a_partition(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many outages as batches, one before each: every next try succeeds, so none is given up."""
+    publisher = Publisher(settings)
+    publisher.readings({0: 12})
+    pipeline = Pipeline(replace(settings, batch_size=2))
+    drain, fails = pipeline.drain, itertools.cycle([True, False])
+
+    def every_other_time(batch: Batch) -> Drained:
+        if next(fails):
+            raise UnavailableError("away for a moment")
+        return drain(batch)
+
+    monkeypatch.setattr(pipeline, "drain", every_other_time)
+    catch_up(pipeline)
+    check_rows(settings, publisher.published)

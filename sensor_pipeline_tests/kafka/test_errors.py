@@ -185,3 +185,11 @@ def test_no_request_is_used_on_which_librdkafka_aborts_the_process(name: str) ->
     """Its admin requests to a group's coordinator do, where the connection is lost (librdkafka issue 4605)."""
     package = Path(sensor_pipeline.__file__).parent
     assert not [file for file in package.rglob("*.py") if name in file.read_text()]
+
+
+def test_an_answer_that_never_comes_is_a_server_that_is_down(settings: Settings) -> None:
+    def silent() -> None:
+        raise TimeoutError
+
+    with pytest.raises(UnavailableError, match="did not answer for topic t"):
+        Kafka(settings).ask(silent, "t")

@@ -572,3 +572,23 @@ def test_the_columns_that_other_programs_read_are_there(postgres: Settings) -> N
         found.setdefault(table, set()).add(column)
     for table, columns in COLUMNS.items():
         assert columns <= found[table], table
+
+
+def test_both_ends_notice_within_about_a_minute_that_the_other_has_vanished(database_settings: Settings) -> None:
+    """Otherwise its locks stay for the operating system's two hours."""
+    with Database(database_settings).begin() as connection:
+        told = [
+            int(connection.exec_driver_sql(f"SHOW tcp_{name}").scalar_one().removesuffix("s").removesuffix("min"))
+            for name in ("keepalives_idle", "keepalives_interval", "keepalives_count")
+        ]
+        own = connection.connection.driver_connection.info.dsn_parameters
+    assert told[0] + told[1] * told[2] <= 60
+    assert (own["keepalives_idle"], own["keepalives_interval"], own["keepalives_count"]) == ("30", "10", "3")
+    assert int(own["tcp_user_timeout"]) <= 60_000
+
+
+def test_the_batch_log_has_the_seconds_of_the_write(database_settings: Settings) -> None:
+    ingest_once(database_settings, busy_history(database_settings))
+    with Database(database_settings).begin() as connection:
+        timings = connection.exec_driver_sql("SELECT timings FROM batches").scalar_one()
+    assert timings["write"] > 0

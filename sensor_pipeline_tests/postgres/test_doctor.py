@@ -1,0 +1,61 @@
+"""`sensor-pipeline doctor` against the rights that a batch really needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.cli.doctor import _rights
+from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.postgres.tables import busy_history, ingest_once
+from sensor_pipeline_tests.test_any_history import Log
+
+# Each grant that a writer needs, and what doctor says where it is missing.
+GRANTS = {
+    "ALTER TABLE readings OWNER TO {role}": "ownership of readings",
+    "GRANT CREATE ON SCHEMA public TO {role}": "CREATE on the schema of readings",
+    "GRANT SELECT, INSERT ON topics TO {role}": "SELECT on topics, INSERT on topics",
+    "GRANT UPDATE ON topics TO {role}": "UPDATE on topics",
+    "GRANT SELECT, INSERT, UPDATE ON machines, ingested_offsets TO {role}": "INSERT on machines, UPDATE on machines",
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON failures TO {role}": "DELETE on failures",
+    "GRANT SELECT, INSERT ON rejected_messages, batches, accepted_gaps TO {role}": "INSERT on rejected_messages",
+    "GRANT SELECT ON readings_horizon, sensor_pipeline_schema TO {role}": "SELECT on readings_horizon",
+    "GRANT USAGE ON SEQUENCE failures_id_seq TO {role}": "USAGE on the sequence of failures",
+}
+
+
+@pytest.fixture
+def writer(database_settings: Settings, administer: Callable[[str], None]) -> Iterator[Settings]:
+    """A user without any right of its own."""
+    role = f"writer_of_{database_settings.postgres_db}"
+    administer(f"CREATE ROLE {role} LOGIN PASSWORD 'word'")
+    yield replace(database_settings, postgres_user=role, postgres_password="word")
+    with Pipeline(database_settings).database.begin() as connection:
+        connection.exec_driver_sql(f"REASSIGN OWNED BY {role} TO {database_settings.postgres_user}")
+        connection.exec_driver_sql(f"DROP OWNED BY {role}")
+    administer(f"DROP ROLE {role}")
+
+
+def grant(owner: Settings, writer: Settings, statements: Iterable[str]) -> None:
+    with Pipeline(owner).database.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement.format(role=writer.postgres_user))
+
+
+def test_a_user_whom_doctor_calls_fit_can_write_a_batch(database_settings: Settings, writer: Settings) -> None:
+    log: Log = busy_history(database_settings)
+    grant(database_settings, writer, GRANTS)
+    assert _rights(Pipeline(writer)) == f"{writer.postgres_user} has all that are needed"
+    log.pipeline = Pipeline(writer)
+    assert ingest_once(writer, log).inserted > 0
+
+
+@pytest.mark.parametrize("left_out", GRANTS)
+def test_a_missing_right_is_named(database_settings: Settings, writer: Settings, left_out: str) -> None:
+    grant(database_settings, writer, [statement for statement in GRANTS if statement != left_out])
+    with pytest.raises(ConfigurationError, match=GRANTS[left_out]):
+        _rights(Pipeline(writer))
