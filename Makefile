@@ -23,6 +23,9 @@ test: lint ## lint, the definitions, and every test against a real Kafka and a r
 	$(BIN)/dagster definitions validate
 	$(BIN)/pytest $(ARGS)
 
+soak: install-dev ## the random tests, for long: many more histories, kills and messages than `make test` tries
+	SOAK=1 $(BIN)/pytest -m soak -s $(ARGS)
+
 requirements: install-dev ## pin the direct dependencies of pyproject.toml anew (needs uv)
 	uv pip compile $(COMPILE) --upgrade --all-extras pyproject.toml -o requirements-dev.txt
 	uv pip compile $(COMPILE) --extra embedded --extra build -c requirements-dev.txt pyproject.toml -o requirements.txt
@@ -30,4 +33,4 @@ requirements: install-dev ## pin the direct dependencies of pyproject.toml anew 
 COMPILE := --quiet --universal --generate-hashes --no-header --no-emit-index-url \
 	--index-strategy unsafe-best-match --python-version 3.11
 
-.PHONY: help install install-dev demo lint test requirements
+.PHONY: help install install-dev demo lint test soak requirements
