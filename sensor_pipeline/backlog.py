@@ -99,7 +99,8 @@ def _first_starts(settings: Settings, kafka: Kafka, topic: Topic) -> Mapping[int
         # Of all records: an older consumer may have read those of a transaction that is still open.
         end = kafka.high_watermarks(topic)
         # A committed offset past the end was another topic's; it would skip what this one holds.
-        wanted = {p: offset for p, offset in kafka.committed_offsets(topic).items() if offset <= end[p]}
+        # One that mirrors a ledger was for another database, or for this one before it was restored from a backup.
+        wanted = {p: offset for p, offset in kafka.consumed_offsets(topic).items() if offset <= end[p]}
     else:
         wanted = kafka.offsets_at(topic, start_from)
     named = start_from.isoformat() if isinstance(start_from, datetime) else start_from

@@ -114,7 +114,7 @@ class Pipeline:
         pauses = iter(RETRY_PAUSES)
         while True:
             try:
-                return write(self.database, batch, drained, detected, origin)
+                return write(self.database, batch, drained, detected, origin, self.settings.max_rejected_share)
             except RowsRefusedError as error:
                 drained = self._reject(batch, drained, error.refused)
                 detected = self.detect(drained)

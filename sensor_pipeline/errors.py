@@ -28,5 +28,9 @@ class TopicReplacedError(DataError):
     """The topic under this name is not the one the batch was planned for."""
 
 
+class TooManyRejectedError(DataError):
+    """A larger share of a batch's messages would be rejected than `MAX_REJECTED_SHARE` allows."""
+
+
 class ConservationError(DataError):
     """A batch's offsets do not add up to what became of them."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Literal, TypeVar
 from zoneinfo import ZoneInfo
 
@@ -65,6 +66,7 @@ class Settings:
     start_from: StartFrom = "earliest"
     max_future: timedelta = timedelta(days=1)
     max_message_bytes: int = 1_048_576
+    max_rejected_share: float | None = None
     naive_timestamp_tz: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
 
     @classmethod
@@ -137,6 +139,14 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def _share(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)", text)
+    share = float(Decimal(match[1]) / (100 if match[2] else 1)) if match else -1.0
+    if not 0 <= share <= 1:
+        raise ValueError("must be a share such as 0.2 or 20%, from 0 to 1")
+    return share
+
+
 def _text(text: str) -> str:
     return text
 
@@ -200,6 +210,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "START_FROM": ("start_from", _start_from),
     "MAX_FUTURE": ("max_future", parse_duration),
     "MAX_MESSAGE_BYTES": ("max_message_bytes", _whole(1, 100_000_000)),
+    "MAX_REJECTED_SHARE": ("max_rejected_share", _share),
     "NAIVE_TIMESTAMP_TZ": ("naive_timestamp_tz", _zone),
 }
 

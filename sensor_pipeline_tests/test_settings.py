@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "START_FROM": "earliest",
     "MAX_FUTURE": timedelta(days=1),
     "MAX_MESSAGE_BYTES": 1_048_576,
+    "MAX_REJECTED_SHARE": None,
     "NAIVE_TIMESTAMP_TZ": ZoneInfo("UTC"),
 }
 
@@ -60,6 +61,11 @@ VALID: list[tuple[str, str, Any]] = [
     ("MAX_FUTURE", "90 seconds", timedelta(seconds=90)),
     ("MAX_FUTURE", "999999999 days", timedelta(days=999_999_999)),
     ("MAX_MESSAGE_BYTES", "100000000", 100_000_000),
+    ("MAX_REJECTED_SHARE", "0", 0.0),
+    ("MAX_REJECTED_SHARE", ".29", 0.29),
+    ("MAX_REJECTED_SHARE", "1.0", 1.0),
+    ("MAX_REJECTED_SHARE", "2.9 %", 0.029),
+    ("MAX_REJECTED_SHARE", "100%", 1.0),
     ("NAIVE_TIMESTAMP_TZ", "Europe/Berlin", ZoneInfo("Europe/Berlin")),
 ]
 
@@ -67,6 +73,7 @@ PORTS = "host:port, comma-separated for several"
 TOPICS = "topic names, comma-separated"
 WHOLE = "a whole number from"
 DURATION = "a duration such as 30s, 15min, 12h, 1 day or 2w"
+SHARE = "a share such as 0.2 or 20%, from 0 to 1"
 INVALID: list[tuple[str, str, str]] = [
     ("KAFKA_BOOTSTRAP_SERVERS", "localhost", PORTS),
     ("KAFKA_BOOTSTRAP_SERVERS", ":9092", PORTS),
@@ -111,6 +118,12 @@ INVALID: list[tuple[str, str, str]] = [
     ("MAX_FUTURE", "9" * 400 + " s", "at most 999999999 days"),
     ("MAX_MESSAGE_BYTES", "0", f"{WHOLE} 1 to 100000000"),
     ("MAX_MESSAGE_BYTES", "1MB", f"{WHOLE} 1 to 100000000"),
+    ("MAX_REJECTED_SHARE", "1.01", SHARE),
+    ("MAX_REJECTED_SHARE", "101%", SHARE),
+    ("MAX_REJECTED_SHARE", "-0.1", SHARE),
+    ("MAX_REJECTED_SHARE", "half", SHARE),
+    ("MAX_REJECTED_SHARE", "1e-1", SHARE),
+    ("MAX_REJECTED_SHARE", "9" * 400, SHARE),
     ("NAIVE_TIMESTAMP_TZ", "Berlin", "a time zone of the IANA database"),
     ("NAIVE_TIMESTAMP_TZ", "Europe", "a time zone of the IANA database"),
     ("NAIVE_TIMESTAMP_TZ", "+01:00", "a time zone of the IANA database"),

@@ -18,6 +18,8 @@ from sensor_pipeline.offsets import Batch, OffsetRange
 from sensor_pipeline.settings import Settings
 
 _NO_TOPIC_ID = "AAAAAAAAAAAAAAAAAAAAAA"
+# Stands beside each offset that mirrors a ledger, and so tells it from one that another consumer has got to.
+_MIRROR = "mirror of sensor_pipeline's ledger"
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,15 @@ class Kafka(Connection):
 
     def committed_offsets(self, topic: Topic) -> dict[int, int]:
         """The group's committed offset for each partition that has one."""
-        wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
-        with self.consumer() as consumer:
-            request = partial(consumer.committed, wanted, timeout=self.timeout)
-            found = self.ask_group(consumer, request, topic.name)
-        return {entry.partition: entry.offset for entry in found if entry.offset >= 0}
+        return {entry.partition: entry.offset for entry in self._committed(topic)}
+
+    def consumed_offsets(self, topic: Topic) -> dict[int, int]:
+        """Those of them that a consumer committed: a mirror says how far some ledger is, not how far a consumer."""
+        return {entry.partition: entry.offset for entry in self._committed(topic) if entry.metadata != _MIRROR}
 
     def commit_offsets(self, topic: str, offsets: Mapping[int, int]) -> None:
         """Commit the group's offset for each partition, synchronously, each partition's answer checked."""
-        wanted = [TopicPartition(topic, p, offset) for p, offset in sorted(offsets.items())]
+        wanted = [TopicPartition(topic, p, offset, _MIRROR) for p, offset in sorted(offsets.items())]
         # Through a consumer: librdkafka 2.16 aborts the process when such a request of an admin client times out
         # while the broker is away and comes back.
         with self.consumer() as consumer:
@@ -120,6 +122,13 @@ class Kafka(Connection):
             TopicReplacedError: the topic is not, or no longer, the one that the batch was planned for.
         """
         return Drain(self, batch, wanted, self._stall_timeout).run()
+
+    def _committed(self, topic: Topic) -> list[TopicPartition]:
+        wanted = [TopicPartition(topic.name, p) for p in topic.partitions]
+        with self.consumer() as consumer:
+            request = partial(consumer.committed, wanted, timeout=self.timeout)
+            found = self.ask_group(consumer, request, topic.name)
+        return [entry for entry in found if entry.offset >= 0]
 
     def _list_offsets(
         self, topic: Topic, spec: OffsetSpec, isolation: IsolationLevel = IsolationLevel.READ_COMMITTED

@@ -27,7 +27,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from sensor_pipeline.drained import Drained, Headers, RejectedMessage, within
-from sensor_pipeline.errors import ConservationError, DataError
+from sensor_pipeline.errors import ConservationError, DataError, TooManyRejectedError
 from sensor_pipeline.failures import detect
 from sensor_pipeline.offsets import Batch, OffsetRange, intersect, subtract, total
 from sensor_pipeline.postgres import ledger
@@ -106,7 +106,14 @@ class Written:
     failures_ended: Sequence[tuple[str, datetime]] = ()
 
 
-def write(database: Database, batch: Batch, drained: Drained, detected: pd.DataFrame, origin: Origin) -> Written:
+def write(
+    database: Database,
+    batch: Batch,
+    drained: Drained,
+    detected: pd.DataFrame,
+    origin: Origin,
+    max_rejected_share: float | None = None,
+) -> Written:
     """Write one batch, all of it or nothing.
 
     Args:
@@ -115,25 +122,34 @@ def write(database: Database, batch: Batch, drained: Drained, detected: pd.DataF
         drained: what Kafka holds of it (what the ledger holds already may be left out).
         detected: `drained.readings` as `failures.detect` returns them.
         origin: for the batch log.
+        max_rejected_share: from 0 to 1; a batch of whose messages a larger share would be rejected is not written.
 
     Raises:
+        TooManyRejectedError: that is so.
         ConservationError: the batch does not add up; nothing was written.
         RowsRefusedError: the database refuses some readings for their content; nothing was written.
     """
     ensure_days(database, _days(detected))
     with database.begin() as connection:
-        return _Transaction(connection, batch, drained, detected, origin).run()
+        return _Transaction(connection, batch, drained, detected, origin, max_rejected_share).run()
 
 
 class _Transaction:
     def __init__(
-        self, connection: sa.Connection, batch: Batch, drained: Drained, detected: pd.DataFrame, origin: Origin
+        self,
+        connection: sa.Connection,
+        batch: Batch,
+        drained: Drained,
+        detected: pd.DataFrame,
+        origin: Origin,
+        max_rejected_share: float | None,
     ) -> None:
         self._connection = connection
         self._batch = batch
         self._drained = drained
         self._readings = detected
         self._origin = origin
+        self._max_rejected_share = max_rejected_share
         self._began = time.perf_counter()
 
     def run(self) -> Written:
@@ -150,6 +166,7 @@ class _Transaction:
         already = len(self._batch) - total(todo)
         if not todo:
             return Written(None, inserted=0, already_ingested=already, rejected=0, no_record=0)
+        self._check_share()
         readings = self._readings
         names = list(readings["machine"].cat.categories)
         # 2
@@ -302,6 +319,20 @@ class _Transaction:
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self._began, 3)
+
+    def _check_share(self) -> None:
+        """A producer gone wrong stops the line, where that is asked for, instead of filling the table."""
+        limit, rejected = self._max_rejected_share, self._drained.rejected
+        if limit is None or not rejected or len(rejected) / self._drained.messages <= limit:
+            return
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self._drained.rejected_by_reason.items())
+        first = rejected[0]
+        raise TooManyRejectedError(
+            f"batch {self._batch}: {len(rejected)} of {self._drained.messages} messages would be rejected ({reasons}; "
+            f"the first is partition {first.partition} offset {first.offset}: {first.detail}), more than "
+            f"MAX_REJECTED_SHARE={limit:g} allows; nothing was written. Mend the producer, then raise "
+            "MAX_REJECTED_SHARE, or unset it, to have these messages kept in rejected_messages"
+        )
 
     def _check_places(self, no_record: Sequence[OffsetRange]) -> None:
         """Each offset came once, so that a sum that adds up leaves none out."""
