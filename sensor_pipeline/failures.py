@@ -138,7 +138,7 @@ def recompute(batch: pd.DataFrame, stored: pd.DataFrame) -> Recomputed:
     ends = rows[rows["ends"]]
     episodes["end"] = pd.Series(ends["timestamp"].array, index=ends["episode"].to_numpy()).reindex(episodes.index)
     shared = failing.loc[failing["failure_id"] != NONE, ["episode", "failure_id"]].drop_duplicates()
-    episodes["id"] = pd.Series(_keep_ids(shared), dtype="int64").reindex(episodes.index, fill_value=NONE)
+    episodes["id"] = pd.Series(keep_ids(shared), dtype="int64").reindex(episodes.index, fill_value=NONE)
     kept = set(episodes["id"])
     of_stored = failing[failing["stored"]]
     of_batch = failing[~failing["stored"]]
@@ -150,8 +150,12 @@ def recompute(batch: pd.DataFrame, stored: pd.DataFrame) -> Recomputed:
     )
 
 
-def _keep_ids(shared: pd.DataFrame) -> dict[int, int]:
-    """Episode → id: in order of start, the smallest id not yet taken among those it shares a reading with."""
+def keep_ids(shared: pd.DataFrame) -> dict[int, int]:
+    """Episode → id: in order of start, the smallest id not yet taken among those it shares a reading with.
+
+    Args:
+        shared: `episode` (ascending in order of start) and `failure_id`, a row for each pair with a reading in common.
+    """
     taken: set[int] = set()
     kept: dict[int, int] = {}
     ordered = shared.sort_values(["episode", "failure_id"])

@@ -21,6 +21,8 @@ _COMMANDS = {
     "doctor": "doctor",
     "migrate": "migrate",
     "accept-gap": "accept_gap",
+    "verify": "verify",
+    "recompute": "recompute",
 }
 
 

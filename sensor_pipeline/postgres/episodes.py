@@ -13,32 +13,37 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from sensor_pipeline.failures import NONE, ORDER, Probes, Recomputed, edges, probes, recompute
+from sensor_pipeline.postgres.failure_rows import (
+    FAILURE,
+    UTC_MICROSECONDS,
+    datetimes,
+    failure_frame,
+    read_failures,
+    store_failures,
+    to_frame,
+)
 
-UTC_MICROSECONDS = "datetime64[us, UTC]"
-
-_FAILURE = "id, machine_id, start_time, last_failing_time, end_time"
 _ACTIVE = sa.text(f"""
-    SELECT {_FAILURE} FROM failures WHERE is_active AND machine_id = ANY (CAST(:machines AS bigint[]))
+    SELECT {FAILURE} FROM failures WHERE is_active AND machine_id = ANY (CAST(:machines AS bigint[]))
 """)
 # From the last failure that starts before the batch's first reading on. Those that start together with it are of
 # zero length and end before that reading.
 _TOUCHED = sa.text(f"""
-    SELECT {_FAILURE} FROM unnest(
+    SELECT {FAILURE} FROM unnest(
         CAST(:machines AS bigint[]), CAST(:earliest AS timestamptz[]), CAST(:latest AS timestamptz[])
     ) AS batch (machine, earliest, latest)
     CROSS JOIN LATERAL (
-        (SELECT {_FAILURE} FROM failures
+        (SELECT {FAILURE} FROM failures
          WHERE machine_id = batch.machine AND start_time < batch.earliest
          ORDER BY start_time DESC, end_time DESC NULLS FIRST LIMIT 1)
         UNION ALL
-        SELECT {_FAILURE} FROM failures
+        SELECT {FAILURE} FROM failures
         WHERE machine_id = batch.machine AND start_time BETWEEN batch.earliest AND batch.latest
     ) AS touched
 """)
-_BY_ID = sa.text(f"SELECT {_FAILURE} FROM failures WHERE id = ANY (CAST(:ids AS bigint[]))")
+_BY_ID = sa.text(f"SELECT {FAILURE} FROM failures WHERE id = ANY (CAST(:ids AS bigint[]))")
 
 # The bounds of all probes together let the planner leave the other days out: each partition of a statement costs
 # two locks, and the server has few for one that is years old.
@@ -65,23 +70,6 @@ _BEFORE = sa.text(f"""
     ) AS next
 """)
 
-_NEW_IDS = sa.text("""
-    SELECT nextval(pg_get_serial_sequence('failures', 'id')) FROM generate_series(1, CAST(:count AS bigint))
-""")
-_COLUMNS = """unnest(
-        CAST(:ids AS bigint[]), CAST(:machines AS bigint[]), CAST(:starts AS timestamptz[]),
-        CAST(:lasts AS timestamptz[]), CAST(:ends AS timestamptz[])
-    ) AS new (id, machine_id, start_time, last_failing_time, end_time)"""
-_INSERT = sa.text(f"""
-    INSERT INTO failures (id, machine_id, start_time, last_failing_time, end_time, is_active)
-    SELECT new.*, new.end_time IS NULL FROM {_COLUMNS}
-""")
-_UPDATE = sa.text(f"""
-    UPDATE failures SET start_time = new.start_time, last_failing_time = new.last_failing_time,
-        end_time = new.end_time, is_active = new.end_time IS NULL
-    FROM {_COLUMNS} WHERE failures.id = new.id
-""")
-_DELETE = sa.text("DELETE FROM failures WHERE id = ANY (CAST(:ids AS bigint[]))")
 _REPOINT_ONE = sa.text("""
     UPDATE readings SET failure_id = new.failure_id
     FROM unnest(
@@ -137,7 +125,7 @@ def settle(
     late_machines = machine[is_late].unique()
     matters = batch["has_failure"] | batch["ends"] | batch["first"] | machine.isin(late_machines)
     in_order = np.setdiff1d(machine.unique(), late_machines)
-    active = _failures(connection, _ACTIVE, machines=in_order.tolist())
+    active = read_failures(connection, _ACTIVE, machines=in_order.tolist())
     spans = batch[machine.isin(late_machines)].groupby("machine")["timestamp"].agg(["min", "max"])
     until = max((last_seen[m] for m in late_machines), default=None)
     late_failures, late_readings = _late(connection, batch[is_late], spans, topic_ranks, until)
@@ -160,13 +148,13 @@ def _late(
     last seen reading touches a failure too, the active one. No stored reading of theirs comes after `until`.
     """
     if late.empty:
-        return _failure_frame([]), _reading_frame([], topic_ranks)
-    known = _failures(
+        return failure_frame([]), _reading_frame([], topic_ranks)
+    known = read_failures(
         connection,
         _TOUCHED,
         machines=spans.index.tolist(),
-        earliest=_datetimes(spans["min"]),
-        latest=_datetimes(spans["max"]),
+        earliest=datetimes(spans["min"]),
+        latest=datetimes(spans["max"]),
     )
     moments = _neighbours(connection, probes(late, known), known, until)
     readings = _reading_frame([], topic_ranks)
@@ -175,7 +163,7 @@ def _late(
         readings = readings[~readings.index.duplicated()]
         # A neighbour may belong to a failure that no late reading lies in: it is needed whole.
         found = set(readings["failure_id"]) - {NONE} - set(known["id"])
-        joined = _failures(connection, _BY_ID, ids=sorted(found)) if found else _failure_frame([])
+        joined = read_failures(connection, _BY_ID, ids=sorted(found)) if found else failure_frame([])
         known = pd.concat([known, joined], ignore_index=True)
         moments = edges(joined)
     return known, readings
@@ -189,7 +177,7 @@ def _neighbours(connection: sa.Connection, where: Probes, known: pd.DataFrame, u
     for statement, frame in ((_AFTER, where.after), (_BEFORE, where.before)):
         if not frame.empty:
             rows = connection.execute(statement, _probe_arguments(frame) | {"since": since, "until": until}).all()
-            found.append(_frame(rows, {"machine": "int64", "timestamp": UTC_MICROSECONDS}))
+            found.append(to_frame(rows, {"machine": "int64", "timestamp": UTC_MICROSECONDS}))
     return pd.concat(found).drop_duplicates()
 
 
@@ -198,35 +186,19 @@ def _readings_at(connection: sa.Connection, moments: pd.DataFrame, topic_ranks: 
 
 
 def _store(connection: sa.Connection, recomputed: Recomputed, known: pd.DataFrame, readings: pd.DataFrame) -> Settled:
-    episodes = recomputed.episodes
-    is_new = episodes["id"] == NONE
-    if is_new.any():
-        episodes.loc[is_new, "id"] = connection.scalars(_NEW_IDS, {"count": int(is_new.sum())}).all()
-    before = known.set_index("id").reindex(episodes["id"])
-    was_active = before["end"].isna().to_numpy()
-    same = np.ones(len(episodes), np.bool_)
-    for edge in ("start", "last", "end"):
-        old, new = before[edge].reset_index(drop=True), episodes[edge].reset_index(drop=True)
-        same &= ((old == new) | (old.isna() & new.isna())).to_numpy()
-    if recomputed.vanished:
-        connection.execute(_DELETE, {"ids": recomputed.vanished})
-    changed = ~is_new.to_numpy() & ~same
-    if changed.any():
-        connection.execute(_UPDATE, _failure_arguments(episodes[changed]))
-    if is_new.any():
-        connection.execute(_INSERT, _failure_arguments(episodes[is_new]))
-    _repoint(connection, recomputed, readings)
-    ended = episodes[episodes["end"].notna() & (is_new.to_numpy() | was_active)]
+    stored = store_failures(connection, recomputed.episodes, known, recomputed.vanished)
+    episodes = stored.episodes
+    _repoint(connection, recomputed, episodes, readings)
+    ended = episodes[episodes["end"].notna() & (stored.is_new | stored.was_active)]
     return Settled(
         failure_id=recomputed.batch_episode.map(episodes["id"]).astype(np.int64),
-        started=_events(episodes[is_new], "start"),
+        started=_events(episodes[stored.is_new], "start"),
         ended=_events(ended, "end"),
     )
 
 
-def _repoint(connection: sa.Connection, recomputed: Recomputed, readings: pd.DataFrame) -> None:
+def _repoint(connection: sa.Connection, recomputed: Recomputed, episodes: pd.DataFrame, readings: pd.DataFrame) -> None:
     """Let stored failing readings follow their failure: those read one by one, those between them by range."""
-    episodes = recomputed.episodes
     of_stored = recomputed.stored_episode[recomputed.stored_episode.index >= 0]
     moved = readings.loc[of_stored.index, ["machine", "timestamp", "failure_id"]].assign(episode=of_stored)
     moved["new"] = moved["episode"].map(episodes["id"])
@@ -238,7 +210,7 @@ def _repoint(connection: sa.Connection, recomputed: Recomputed, readings: pd.Dat
         {
             "ids": moved.index.tolist(),
             "machines": moved["machine"].tolist(),
-            "moments": _datetimes(moved["timestamp"]),
+            "moments": datetimes(moved["timestamp"]),
             "first": moved["timestamp"].min().to_pydatetime(),
             "last": moved["timestamp"].max().to_pydatetime(),
             "failures": moved["new"].tolist(),
@@ -270,18 +242,9 @@ def _stand_ins(active: pd.DataFrame) -> pd.DataFrame:
     return stand_ins[[*ORDER, "has_failure", "failure_id"]]
 
 
-def _failures(connection: sa.Connection, statement: sa.TextClause, **arguments: Any) -> pd.DataFrame:
-    return _failure_frame(connection.execute(statement, arguments).all())
-
-
-def _failure_frame(rows: Iterable[Any]) -> pd.DataFrame:
-    times = dict.fromkeys(("start", "last", "end"), UTC_MICROSECONDS)
-    return _frame(rows, {"id": "int64", "machine": "int64", **times})
-
-
 def _reading_frame(rows: Iterable[Any], topic_ranks: Mapping[int, int]) -> pd.DataFrame:
     """Stored readings as `failures.recompute` takes them."""
-    frame = _frame(
+    found = to_frame(
         rows,
         {
             "id": "int64",
@@ -294,46 +257,21 @@ def _reading_frame(rows: Iterable[Any], topic_ranks: Mapping[int, int]) -> pd.Da
             "failure_id": "object",
         },
     )
-    frame["failure_id"] = frame["failure_id"].fillna(NONE).astype("int64")
-    frame["topic_rank"] = frame["topic_id"].map(topic_ranks).astype("int64")
-    return frame.set_index("id")[[*ORDER, "has_failure", "failure_id"]]
-
-
-def _frame(rows: Iterable[Any], columns: Mapping[str, str]) -> pd.DataFrame:
-    transposed = list(zip(*rows, strict=True)) or [()] * len(columns)
-    return pd.DataFrame(
-        {
-            name: pd.Series(list(values), dtype="object").astype(kind)  # type: ignore[call-overload]
-            for (name, kind), values in zip(columns.items(), transposed, strict=True)
-        }
-    )
+    found["failure_id"] = found["failure_id"].fillna(NONE).astype("int64")
+    found["topic_rank"] = found["topic_id"].map(topic_ranks).astype("int64")
+    return found.set_index("id")[[*ORDER, "has_failure", "failure_id"]]
 
 
 def _probe_arguments(frame: pd.DataFrame) -> dict[str, Any]:
     moments = frame["timestamp"]
     return {
         "machines": frame["machine"].tolist(),
-        "moments": _datetimes(moments),
+        "moments": datetimes(moments),
         "first": moments.min().to_pydatetime(),
         "last": moments.max().to_pydatetime(),
     }
 
 
-def _failure_arguments(episodes: pd.DataFrame) -> dict[str, Any]:
-    return {
-        "ids": episodes["id"].tolist(),
-        "machines": episodes["machine"].tolist(),
-        "starts": _datetimes(episodes["start"]),
-        "lasts": _datetimes(episodes["last"]),
-        "ends": _datetimes(episodes["end"]),
-    }
-
-
 def _events(episodes: pd.DataFrame, edge: str) -> list[FailureEvent]:
-    columns = zip(episodes["id"].tolist(), episodes["machine"].tolist(), _datetimes(episodes[edge]), strict=True)
+    columns = zip(episodes["id"].tolist(), episodes["machine"].tolist(), datetimes(episodes[edge]), strict=True)
     return [FailureEvent(failure_id, machine, at) for failure_id, machine, at in columns if at is not None]
-
-
-def _datetimes(column: pd.Series[pd.Timestamp]) -> list[datetime | None]:
-    moments: NDArray[np.object_] = column.dt.to_pydatetime().to_numpy(dtype=object)
-    return [None if moment is pd.NaT else moment for moment in moments]

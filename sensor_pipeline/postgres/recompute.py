@@ -1,0 +1,91 @@
+"""Mends failures, and when a machine was first and last seen, from its readings, while ingestion goes on.
+
+For each machine in two transactions: one that only looks, and, where something is wrong, one that locks the machine as
+a batch does and mends the part of its history in which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+import pandas as pd
+import sqlalchemy as sa
+
+from sensor_pipeline.failures import NONE, keep_ids
+from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.failure_rows import failure_frame, store_failures
+from sensor_pipeline.postgres.history import (
+    Span,
+    Window,
+    compare,
+    find_episodes,
+    point_readings,
+    stored_failures,
+    widen,
+)
+from sensor_pipeline.postgres.verify import SNAPSHOT, Machine, look
+
+_LOCK = sa.text("SELECT id FROM machines WHERE id = :machine FOR NO KEY UPDATE")
+_SEE = sa.text("""
+    UPDATE machines SET first_seen = held.first, last_seen = held.last
+    FROM (SELECT min("timestamp") AS first, max("timestamp") AS last FROM readings WHERE machine_id = :machine) AS held
+    WHERE id = :machine AND (first_seen, last_seen) <> (held.first, held.last)
+""")
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What was wrong with a machine, in words, and how many rows were written for it."""
+
+    differences: list[str]
+    failures_made: int = 0
+    failures_changed: int = 0
+    failures_removed: int = 0
+    readings_moved: int = 0
+
+
+def recompute_machine(
+    database: Database, machine: Machine, since: datetime | None = None, until: datetime | None = None
+) -> Mended | None:
+    """Mend what is wrong with a machine's failures that touch some time (None: from its beginning, to its end).
+
+    Ids are kept by the rule that batches follow. Returns None where nothing was wrong.
+    """
+    with database.begin() as connection:
+        connection.execute(SNAPSHOT)
+        differences, seen = look(connection, machine, since, until)
+    if not differences and not seen:
+        return None
+    with database.begin() as connection:
+        connection.execute(_LOCK, {"machine": machine.id})
+        said = [seen] if seen and connection.execute(_SEE, {"machine": machine.id}).rowcount else []
+        if not differences:
+            return Mended(said) if said else None
+        ends = [difference.until for difference in differences]
+        last = None if None in ends else max(end for end in ends if end is not None)
+        # Anew, since a batch may have come in between.
+        return _mend(connection, widen(connection, machine.id, differences[0].since, last), said)
+
+
+def _mend(connection: sa.Connection, window: Window, said: list[str]) -> Mended:
+    found, stored = find_episodes(connection, window), stored_failures(connection, window)
+    # An id that is another machine's, or that of a failure before or after, is none of these failures'.
+    shared = [(episode.number, failure_id) for episode in found for failure_id in episode.ids if failure_id in stored]
+    kept = keep_ids(pd.DataFrame(shared, columns=["episode", "failure_id"], dtype="int64"))
+    episodes = _frame(window, [(kept.get(episode.number, NONE), episode.span) for episode in found])
+    vanished = sorted(stored.keys() - set(kept.values()))
+    written = store_failures(connection, episodes, _frame(window, stored.items()), vanished)
+    ids = dict(zip((episode.number for episode in found), written.episodes["id"].tolist(), strict=True))
+    return Mended(
+        [*said, *(difference.text for difference in compare(found, stored))],
+        failures_made=int(written.is_new.sum()),
+        failures_changed=int(written.is_changed.sum()),
+        failures_removed=len(vanished),
+        readings_moved=point_readings(connection, window, ids),
+    )
+
+
+def _frame(window: Window, failures: Iterable[tuple[int, Span]]) -> pd.DataFrame:
+    return failure_frame((i, window.machine, span.start, span.last, span.end) for i, span in failures)
