@@ -13,7 +13,7 @@ from sensor_pipeline.cli.progress import progress
 from sensor_pipeline.errors import ConfigurationError
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.recompute import Mended, recompute_machine
-from sensor_pipeline.postgres.verify import find_machines
+from sensor_pipeline.postgres.verify import EXAMPLES, find_machines
 from sensor_pipeline.settings import Settings
 
 
@@ -39,8 +39,10 @@ def command(names: tuple[str, ...], since: datetime | None, until: datetime | No
         for machine in machines:
             mended = recompute_machine(database, machine, since, until)
             if mended is not None:
-                for difference in mended.differences:
+                for difference in mended.differences[:EXAMPLES]:
                     say(f"machine {machine.name}: {difference}")
+                if more := len(mended.differences[EXAMPLES:]):
+                    say(f"machine {machine.name}: … and {more:,} more")
                 rows.update(_rows(mended))
             bar.advance(task)
     click.echo(

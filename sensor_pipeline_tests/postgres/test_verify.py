@@ -310,7 +310,10 @@ def test_only_the_machine_that_is_named_is_looked_at_and_mended(
     assert "left    every reading is in the ledger: it reads every reading" in said
     assert "readings of 1 machines make them: 20 differences" in said
     assert "machine b" not in said
-    assert command("recompute", "--machine", "a")[1].endswith("20 changed, 0 removed, 0 readings moved\n")
+    said = command("recompute", "--machine", "a")[1]
+    assert said.count("machine a: failure") == verify.EXAMPLES
+    assert "machine a: … and 15 more\n" in said
+    assert said.endswith("20 changed, 0 removed, 0 readings moved\n")
     assert command("verify", "--machine", "a")[0] == 0
     assert command("verify", "--machine", "b")[0] == 1
     assert command("verify", "--machine", "a", "--machine", "b")[0] == 1
