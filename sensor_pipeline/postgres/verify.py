@@ -199,7 +199,7 @@ def look(
     differences = compare(find_episodes(connection, window), stored_failures(connection, window))
     held = connection.execute(_SEEN, {"machine": machine.id}).one()
     if held.first is None:
-        return differences, "it has no reading"
+        return differences, "it has no reading (which recompute leaves alone): restore them, or delete its row"
     if (held.first, held.last) != (held.first_seen, held.last_seen):
         return differences, (
             f"first_seen and last_seen are {held.first_seen.isoformat()} and {held.last_seen.isoformat()}, and by its "

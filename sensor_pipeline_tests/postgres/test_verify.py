@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from random import Random
@@ -80,6 +84,38 @@ def test_a_sound_database_passes_every_check(database_settings: Settings, comman
         "4 machines looked at, 0 mended: 0 failures made, 0 changed, 0 removed, 0 readings moved\n",
     )
     assert every_row(database_settings) == before
+
+
+@pytest.mark.parametrize("name", ["verify", "recompute"])
+def test_on_a_terminal_a_bar_shows_how_far_it_is(database_settings: Settings, name: str) -> None:
+    ingested(database_settings)
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sensor_pipeline", name],
+        env={**os.environ, **environment_of(database_settings), "TERM": "xterm", "COLUMNS": "150"},
+        stdout=theirs,
+        stderr=subprocess.STDOUT,
+    )
+    os.close(theirs)
+    said = b""
+    # The end of a terminal whose program has ended is an error, on Linux.
+    with suppress(OSError):
+        while part := os.read(ours, 65536):
+            said += part
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert re.search(rb"failures by their readings .*100%", said)
+
+
+def test_a_machine_without_a_reading_is_found_and_left_to_a_person(
+    database_settings: Settings, command: Command
+) -> None:
+    ingested(database_settings)
+    damage(database_settings, "INSERT INTO machines (machine_id, first_seen, last_seen) VALUES ('x', now(), now())")
+    code, said = command("verify")
+    assert code == 1
+    assert "machine x: it has no reading" in said
+    assert "0 mended" in command("recompute")[1]
 
 
 def test_an_empty_database_passes_too(database_settings: Settings, command: Command) -> None:
