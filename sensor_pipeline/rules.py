@@ -67,13 +67,15 @@ _NUMERIC_MAX_SCALE = 16_383
 # Possessive: an unterminated string of escapes is decided in one pass.
 _JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# datetime.fromisoformat takes more than ISO 8601 (any separator, a fraction of a minute as one of a second, from
-# Python 3.13 on 24:00), and not the same in every version.
+# datetime.fromisoformat takes more than ISO 8601 (any separator, a fraction of a minute as one of a second, an offset
+# of 99 minutes, from Python 3.13 on 24:00), and not the same in every version.
 _ISO_8601 = re.compile(
     r"(?:[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8}|[0-9]{4}-W[0-9]{2}(?:-[0-9])?|[0-9]{4}W[0-9]{2}[0-9]?)"
     r"(?:[T ](?:[01][0-9]|2[0-3])(?::[0-9]{2}(?::[0-9]{2}(?:[.,][0-9]+)?)?|[0-9]{2}(?:[0-9]{2}(?:[.,][0-9]+)?)?)?"
-    r"(?:Z|[+-][0-9]{2}(?::?[0-9]{2}(?::?[0-9]{2}(?:[.,][0-9]+)?)?)?)?)?"
+    r"(?:Z|[+-][0-9]{2}(?::?[0-5][0-9](?::?[0-5][0-9])?)?)?)?"
 )
+
+_LONGEST_PLAIN_TIMESTAMP = len("2026-01-01T12:00:00.000000+00:00")
 
 
 class RejectedError(Exception):
@@ -123,7 +125,9 @@ def parse_timestamp(text: str, zone: ZoneInfo | None) -> datetime:
     except ValueError:
         # RFC 3339 allows "t" and "z".
         moment = datetime.fromisoformat(text.upper())
-    if moment.isoformat() != text and not _ISO_8601.fullmatch(text.upper()):
+    # What Python writes is read without the pattern, unless it is longer than any with an offset of whole minutes.
+    is_written_so = moment.isoformat() == text and len(text) <= _LONGEST_PLAIN_TIMESTAMP
+    if not is_written_so and not _ISO_8601.fullmatch(text.upper()):
         raise ValueError(text)
     if moment.tzinfo is None:
         if zone is None:
@@ -202,8 +206,9 @@ def _has_failure(value: object) -> bool:
     if isinstance(value, _Number):
         try:
             number = Decimal(value.text)
-        except InvalidOperation:  # its exponent is beyond any number's
-            number = Decimal("nan")
+        except InvalidOperation:  # its exponent is beyond any number's, but zero it may be all the same
+            mantissa = Decimal(value.text.lower().partition("e")[0])
+            number = mantissa if mantissa == 0 else Decimal("nan")
         if number in (0, 1):
             return bool(number)
     _reject(Reason.HAS_FAILURE_NOT_BOOLEAN, f"'has_failure' is {_kind(value)}, not a boolean, 0 or 1")

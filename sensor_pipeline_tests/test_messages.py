@@ -147,6 +147,13 @@ REJECTED: list[tuple[Reason, bytes | None]] = [
     (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T24:00:00"')),
     (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-12-31T23:59:60"')),
     (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00:00+24:00"')),
+    (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00:00+01:60"')),
+    (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00+0199"')),
+    (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00:00+01:00:60"')),
+    (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00:00+00:00:00.5"')),
+    (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00:00+01:00:00.500000"')),
+    (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-001T12:00:00"')),
+    (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-W54-1T12:00:00"')),
     (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00:00 Europe/Berlin"')),
     (Reason.TIMESTAMP_UNREADABLE, message(timestamp='" 2026-01-01T12:00:00"')),
     (Reason.TIMESTAMP_UNREADABLE, message(timestamp='"2026-01-01T12:00:00."')),
@@ -274,7 +281,9 @@ def test_true_and_the_number_one_mean_failing(text: str) -> None:
     assert accepted(message(has_failure=text)).has_failure is True
 
 
-@pytest.mark.parametrize("text", ["false", "0", "0.0", "-0", "0e5", "0e-9"])
+@pytest.mark.parametrize(
+    "text", ["false", "0", "0.0", "-0", "0e5", "0e-9", "0.0E+99999999999999999999", "-0e-99999999999999999999"]
+)
 def test_false_and_the_number_zero_mean_healthy(text: str) -> None:
     assert accepted(message(has_failure=text)).has_failure is False
 
@@ -357,6 +366,10 @@ def test_a_machine_id_of_up_to_255_characters_is_taken_as_it_is(machine_id: str,
         ("2026-01-01T00:01:00-11:59", NOON),
         ("2026-01-02T11:59:00+23:59", NOON),
         ("2026-01-01T12:00:00-00:00", NOON),
+        ("2026-01-01T12:53:28+00:53:28", NOON),
+        ("2024-02-29T12:00:00", datetime(2024, 2, 29, 12)),
+        ("2020-W53-7", datetime(2021, 1, 3)),
+        ("2026W01", datetime(2025, 12, 29)),
         ("2026-01-01", datetime(2026, 1, 1)),
         ("2026-01-01T12:00:00.5", NOON.replace(microsecond=500_000)),
         ("2026-01-01T12:00:00,5", NOON.replace(microsecond=500_000)),

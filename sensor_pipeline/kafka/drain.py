@@ -192,7 +192,8 @@ def _bytes(value: object) -> bytes | None:
 def _headers(message: Message) -> Headers:
     try:
         pairs: list[tuple[str, object]] = list(message.headers() or [])  # type: ignore[arg-type]
-    except UnicodeDecodeError:
-        # Kafka takes any bytes for a header's name, and the client gives such headers in no other way.
+    except (UnicodeDecodeError, SystemError):
+        # Kafka takes any bytes for a header's name. The client's C code fails on such as is not UTF-8, reports it
+        # wrongly (SystemError, as of 2.16), gives these headers in no other way, and may not be asked twice.
         return [("headers with a name that is not UTF-8", None)]
     return [(name, _bytes(value)) for name, value in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ listener.name.login.plain.sasl.jaas.config=org.apache.kafka.common.security.plai
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:ANONYMOUS
 log.cleaner.backoff.ms=100
+transaction.abort.timed.out.transaction.cleanup.interval.ms=200
 """
 
 
@@ -67,6 +69,18 @@ class TrialBroker(KafkaBroker):
     def log_folder(self, topic: str, partition: int) -> Path:
         """Where a partition's log lies."""
         return self.folder / "data" / f"{topic}-{partition}"
+
+    def freeze(self) -> None:
+        """It keeps its connections and answers nothing any more."""
+        assert self.child
+        self.child.send(signal.SIGSTOP)
+
+    def kill_and_start(self) -> None:
+        """It dies in the middle of whatever it does, and comes back with what its log holds."""
+        assert self.child
+        self.child.kill()
+        self.child = None
+        self.start()
 
     def _configure(self, name: str, data: str) -> None:
         super()._configure(name, data)

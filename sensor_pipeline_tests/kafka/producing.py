@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -71,6 +71,11 @@ class Publisher:
         self.published += sent
         return sent[0]
 
+    def send_all(self, messages: Iterable[tuple[int, bytes | None, str | None]]) -> None:
+        """Many at once: of each its partition, its value and the reason for which it must be rejected, if it must."""
+        queue = [(partition, value, bad, None, (), 0) for partition, value, bad in messages]
+        self.published += self._deliver(self._producer, queue)
+
     def readings(self, counts: Mapping[int, int], *, machines: int = 3) -> list[Published]:
         """Good messages, so many for each partition, of some machines that fail now and then."""
         sent = self._deliver(self._producer, self._make(counts, machines))
@@ -86,6 +91,10 @@ class Publisher:
         """A transaction; several may be open at once."""
         return Transaction(self, self._idle.pop() if self._idle else self._transactional())
 
+    def begin_and_die(self, counts: Mapping[int, int]) -> None:
+        """So many good messages for each partition in a transaction that nobody will ever end but the broker."""
+        Transaction(self, self._transactional(**{"transaction.timeout.ms": 1_000})).readings(counts)
+
     def committed(self, counts: Mapping[int, int]) -> None:
         """So many good messages for each partition, in one committed transaction."""
         transaction = self.begin()
@@ -98,8 +107,8 @@ class Publisher:
         transaction.readings(counts)
         transaction.abort()
 
-    def _transactional(self) -> Producer:
-        producer = Producer(self._properties() | {"transactional.id": f"{self.topic}-{next(_numbers)}"})
+    def _transactional(self, **more: Any) -> Producer:
+        producer = Producer(self._properties() | {"transactional.id": f"{self.topic}-{next(_numbers)}"} | more)
         producer.init_transactions(_PATIENCE_SECONDS)
         return producer
 
@@ -108,7 +117,7 @@ class Publisher:
             "bootstrap.servers": self.settings.kafka_bootstrap_servers,
             "log_level": 0,
             "linger.ms": 0,
-            "message.max.bytes": 2_000_000,
+            "message.max.bytes": 20_000_000,
         }
 
     def _make(self, counts: Mapping[int, int], machines: int) -> list[tuple[Any, ...]]:
@@ -245,6 +254,13 @@ def delete_records(settings: Settings, name: str, before: Mapping[int, int]) -> 
     client = admin(settings)
     for future in client.delete_records([TopicPartition(name, p, offset) for p, offset in before.items()]).values():
         future.result(30)
+
+
+def delete_group(settings: Settings) -> None:
+    """Delete the settings' group, with all its offsets."""
+    group = settings.kafka_group_id
+    client = admin(settings)
+    client.delete_consumer_groups([group])[group].result(30)
 
 
 def high_watermarks(settings: Settings, name: str) -> dict[int, int]:

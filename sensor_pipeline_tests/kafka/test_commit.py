@@ -15,6 +15,7 @@ from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.inspecting import backlog, batch, catch_up, check_rows, ledger_ranges
 from sensor_pipeline_tests.kafka.producing import (
     Publisher,
+    delete_group,
     delete_records,
     eventually,
     group_offsets,
@@ -97,6 +98,40 @@ def test_group_offsets_moved_by_hand_change_no_row_and_are_mended_by_the_next_ba
 
     check_rows(pipeline.settings, publisher.published)
     assert mirror(pipeline.settings) == {0: 6, 1: 3}
+
+
+@pytest.mark.parametrize("moved", [3, 9, 10, 11, 2**62])
+def test_group_offsets_before_the_start_of_the_log_and_beyond_its_end_change_no_row(
+    pipeline: Pipeline, moved: int
+) -> None:
+    """Kafka has offsets 7 to 10; a consumer that believed the group would be reset, or see nothing."""
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({0: 9})
+    catch_up(pipeline)
+    delete_records(pipeline.settings, publisher.topic, {0: 7})
+    publisher.readings({0: 1})
+    set_group_offsets(pipeline.settings, {0: moved, 3: moved})
+
+    assert backlog(pipeline).lag == 1
+    catch_up(pipeline)
+
+    check_rows(pipeline.settings, publisher.published)
+    assert mirror(pipeline.settings)[0] == 10
+
+
+def test_a_group_that_was_deleted_is_made_again_by_the_next_batch(pipeline: Pipeline) -> None:
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({0: 4, 1: 2})
+    catch_up(pipeline)
+    publisher.readings({0: 1, 1: 1})
+    delete_group(pipeline.settings)
+    assert mirror(pipeline.settings) == {}
+
+    assert backlog(pipeline).lag == 2
+    catch_up(pipeline)
+
+    check_rows(pipeline.settings, publisher.published)
+    assert mirror(pipeline.settings) == {0: 5, 1: 3}
 
 
 def test_a_batch_run_again_mends_the_mirror_too(pipeline: Pipeline) -> None:

@@ -12,8 +12,10 @@ from sensor_pipeline.errors import ConfigurationError, UnavailableError
 from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline.settings import Settings
-from sensor_pipeline_tests.kafka.inspecting import batch, catch_up, check_rows, ledger_ranges, totals
-from sensor_pipeline_tests.kafka.producing import MessageRefusedError, Publisher
+from sensor_pipeline_tests.kafka.inspecting import batch, catch_up, check_rows, ledger_ranges, query, totals
+from sensor_pipeline_tests.kafka.odd_headers import send_with_header
+from sensor_pipeline_tests.kafka.producing import MessageRefusedError, Publisher, create_topic, reading
+from sensor_pipeline_tests.oracle import Published
 
 
 def test_a_batch_brings_in_exactly_its_ranges(pipeline: Pipeline) -> None:
@@ -119,6 +121,24 @@ def test_the_largest_message_that_the_broker_takes_becomes_a_reading(pipeline: P
     assert totals(pipeline.settings) == (1, 0, 0, 0)
 
 
+@pytest.mark.parametrize("limit", [1_048_576, 16_000_000])
+def test_a_message_of_15_megabytes_stops_nothing_on_a_broker_that_takes_it(pipeline: Pipeline, limit: int) -> None:
+    """More than a client fetches by default; whether it is a reading is for MAX_MESSAGE_BYTES to say."""
+    settings = pipeline.settings
+    topic = f"{settings.kafka_topics[0]}-large"
+    create_topic(settings, topic, 1, {"max.message.bytes": "20000000"})
+    own = replace(settings, kafka_topics=(topic,), max_message_bytes=limit)
+    publisher = Publisher(own)
+    publisher.readings({0: 2})
+    value = b'{"machine_id":"big","timestamp":"2026-01-01","readings":{"readings":{"note":"%s"}}}' % (b"x" * 15_000_000)
+    publisher.send(0, value, bad=None if limit > len(value) else "too_large")
+    publisher.readings({0: 2})
+
+    catch_up(Pipeline(own))
+
+    check_rows(own, publisher.published)
+
+
 def test_a_batch_that_asks_beyond_the_end_says_which_partition_and_where_it_ends(pipeline: Pipeline) -> None:
     publisher = Publisher(pipeline.settings)
     publisher.readings({0: 3, 1: 3})
@@ -151,12 +171,17 @@ def test_a_partition_that_the_topic_does_not_have_is_named(pipeline: Pipeline) -
         pipeline.run(batch(pipeline.settings, {0: (0, 1), 4: (0, 1), 7: (0, 1)}))
 
 
-class _HeadersWithBytesForAName:
-    """What the client gives for a record whose header has a name that is not UTF-8; it cannot send one itself."""
+def test_a_header_with_a_name_that_is_not_utf_8_does_not_stop_a_batch(pipeline: Pipeline) -> None:
+    settings = pipeline.settings
+    publisher = Publisher(settings)
+    publisher.readings({0: 2})
+    for value, bad in ((b"poison", "not_json"), (reading("m", 1), None)):
+        send_with_header(settings.kafka_bootstrap_servers, publisher.topic, 0, value, b"\xff\xfename")
+        publisher.published.append(Published(publisher.topic, publisher.topic_id, 0, 2 + (bad is None), value, bad=bad))
+    publisher.readings({0: 1})
 
-    def headers(self) -> None:
-        b"\xff".decode()
+    catch_up(pipeline)
 
-
-def test_a_header_with_a_name_that_is_not_utf_8_does_not_stop_a_batch() -> None:
-    assert drain_module._headers(_HeadersWithBytesForAName()) == [("headers with a name that is not UTF-8", None)]
+    check_rows(settings, publisher.published)
+    kept = [{"key": "headers with a name that is not UTF-8", "value": None}]
+    assert query(settings, "SELECT headers FROM rejected_messages") == [(kept,)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
@@ -14,6 +16,7 @@ from sensor_pipeline.drained import Records
 from sensor_pipeline.errors import DataError, UnavailableError
 from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.kafka import drain as drain_module
+from sensor_pipeline.offsets import OffsetRange
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.brokers import TrialBroker
 from sensor_pipeline_tests.kafka.inspecting import backlog, batch, catch_up, check_rows, slow_reader, totals
@@ -27,6 +30,8 @@ from sensor_pipeline_tests.kafka.producing import (
 )
 
 Trials = Callable[..., Settings]
+# Longer than a broker needs to start on a busy machine; only a test that fails waits as long.
+PATIENCE = 120
 
 
 def test_a_broker_stopped_and_started_again_between_two_batches_changes_no_row(
@@ -106,6 +111,83 @@ def test_a_broker_that_goes_away_during_a_drain_and_a_commit_costs_nothing_but_t
     catch_up(Pipeline(settings))
     check_rows(settings, publisher.published)
     assert group_offsets(settings) == {0: 8, 1: 8}
+
+
+def test_a_broker_that_restarts_in_the_middle_of_a_drain_is_read_on_where_it_was(
+    trial_broker: TrialBroker, make_trial: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, and so without a word to its clients; the batch does not even fail."""
+    monkeypatch.setattr(drain_module, "_CHUNK_MESSAGES", 1)
+    settings = make_trial()
+    publisher = Publisher(settings)
+    for _ in range(8):
+        publisher.readings({0: 1, 1: 1})
+    publisher.aborted({0: 2})
+    publisher.readings({0: 1})
+    pipeline = Pipeline(settings)
+    pipeline.kafka = slow_reader(settings, timeout=PATIENCE)
+    drain = pipeline.kafka.drain
+
+    def interrupted(*arguments: Any) -> Iterator[Records | list[OffsetRange]]:
+        parts = drain(*arguments)
+        yield next(parts)
+        trial_broker.kill_and_start()
+        yield from parts
+
+    monkeypatch.setattr(pipeline.kafka, "drain", interrupted)
+    written = pipeline.run(batch(settings, {0: (0, 12), 1: (0, 8)}))
+
+    assert (written.inserted, written.no_record) == (17, 3)
+    check_rows(settings, publisher.published)
+    assert group_offsets(settings) == {0: 12, 1: 8}
+
+
+def test_a_broker_that_dies_over_a_commit_and_comes_back_has_it_in_the_end(
+    trial_broker: TrialBroker, make_trial: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is frozen with the connection to the group's coordinator open, so that the commit reaches it unanswered."""
+    settings = make_trial()
+    publisher = Publisher(settings)
+    publisher.readings({0: 5, 1: 3})
+    pipeline = Pipeline(settings)
+    pipeline.kafka = Kafka(settings, timeout=PATIENCE)
+    whole = batch(settings, {0: (0, 5), 1: (0, 3)})
+    ask_group = pipeline.kafka.ask_group
+    with ThreadPoolExecutor() as pool:
+        restarts: list[Future[None]] = []
+
+        def interrupted(consumer: Consumer, request: Callable[[], Any], topic: str) -> Any:
+            consumer.committed([TopicPartition(topic, 0)], timeout=PATIENCE)
+            trial_broker.freeze()
+            restarts.append(pool.submit(trial_broker.kill_and_start))
+            return ask_group(consumer, request, topic)
+
+        monkeypatch.setattr(pipeline.kafka, "ask_group", interrupted)
+        pipeline.run(whole)
+        for restart in restarts:
+            restart.result()
+    assert restarts
+    check_rows(settings, publisher.published)
+    assert group_offsets(settings) == {0: 5, 1: 3}
+
+
+def test_a_transaction_whose_producer_died_holds_back_its_own_partition_until_the_broker_ends_it(
+    trial_broker: TrialBroker, make_trial: Trials
+) -> None:
+    settings = make_trial()
+    publisher = Publisher(settings)
+    publisher.readings({0: 2, 1: 2})
+    publisher.begin_and_die({0: 3})
+    publisher.readings({0: 4, 1: 4})
+    pipeline = Pipeline(settings)
+
+    # The broker looks for such transactions by itself; until then the batches go on without partition 0.
+    catch_up(pipeline)
+    eventually(lambda: backlog(pipeline).lag == 3 + 4 + 1, "the broker has aborted the transaction")
+    catch_up(pipeline)
+
+    check_rows(settings, publisher.published)
+    assert totals(settings) == (12, 0, 4, 0)
 
 
 def test_records_that_compaction_took_are_offsets_without_a_record(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.drained import Records
 from sensor_pipeline.errors import ConfigurationError, TopicReplacedError
 from sensor_pipeline.kafka import drain as drain_module
+from sensor_pipeline.offsets import Batch, OffsetRange
 from sensor_pipeline_tests.kafka.inspecting import (
     accepted_gaps,
     backlog,
@@ -110,6 +113,94 @@ def test_a_topic_replaced_while_it_is_read_gives_no_row(
 
     with pytest.raises(TopicReplacedError):
         list(drain)
+
+
+def run_with_something_in_the_middle(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, batch: Batch, moment: str, happens: Callable[[], object]
+) -> None:
+    """Run a batch, and let something happen at a moment of it."""
+    if moment == "in the drain":
+        monkeypatch.setattr(drain_module, "_CHUNK_MESSAGES", 1)
+        pipeline.kafka = slow_reader(pipeline.settings)
+        drain = pipeline.kafka.drain
+
+        def interrupted(*arguments: Any) -> Iterator[Records | list[OffsetRange]]:
+            parts = drain(*arguments)
+            yield next(parts)
+            happens()
+            yield from parts
+
+        monkeypatch.setattr(pipeline.kafka, "drain", interrupted)
+    else:
+        owner, name = {
+            "after the drain": (pipeline, "detect"),
+            "after the write": (pipeline, "commit"),
+            "in the commit": (pipeline.kafka, "commit_offsets"),
+        }[moment]
+        step = getattr(owner, name)
+
+        def late(*arguments: Any) -> Any:
+            monkeypatch.setattr(owner, name, step)
+            happens()
+            return step(*arguments)
+
+        monkeypatch.setattr(owner, name, late)
+    pipeline.run(batch)
+
+
+MOMENTS = ["in the drain", "after the drain", "after the write", "in the commit"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_topic_created_again_in_the_middle_of_a_batch_keeps_the_old_rows_and_starts_at_0(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """What was drained whole before is the old topic's; a drain that it cut through leaves nothing."""
+    old = Publisher(pipeline.settings)
+    for _ in range(6):
+        old.readings({0: 1, 1: 1})
+    planned = batch(pipeline.settings, {0: (0, 6), 1: (0, 6)})
+    new: list[Publisher] = []
+
+    def recreate() -> None:
+        recreate_topic(pipeline.settings, old.topic)
+        new.append(Publisher(pipeline.settings))
+        new[0].readings({0: 9, 1: 2, 3: 1})
+
+    expected_error = pytest.raises(TopicReplacedError) if moment == "in the drain" else nullcontext()
+    with expected_error:
+        run_with_something_in_the_middle(pipeline, monkeypatch, planned, moment, recreate)
+
+    kept = [] if moment == "in the drain" else old.published
+    check_rows(pipeline.settings, kept)
+    if moment != "in the commit":  # there the old offsets may be the new topic's for a moment, until its first batch
+        assert group_offsets(pipeline.settings) == {}
+    fresh = Pipeline(pipeline.settings)
+    assert backlog(fresh).lag == 12
+    catch_up(fresh)
+    check_rows(pipeline.settings, [*kept, *new[0].published])
+    assert ledger_ranges(pipeline.settings, new[0].topic_id) == {0: [(0, 9)], 1: [(0, 2)], 3: [(0, 1)]}
+    assert group_offsets(pipeline.settings) == {0: 9, 1: 2, 3: 1}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_partitions_added_in_the_middle_of_a_batch_come_in_with_the_next(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    publisher = Publisher(pipeline.settings)
+    for _ in range(6):
+        publisher.readings({0: 1, 1: 1})
+
+    def add() -> None:
+        add_partitions(pipeline.settings, publisher.topic, 6)
+        publisher.renew().readings({4: 3, 5: 1, 0: 1})
+
+    planned = batch(pipeline.settings, {0: (0, 6), 1: (0, 6)})
+    run_with_something_in_the_middle(pipeline, monkeypatch, planned, moment, add)
+
+    check_rows(pipeline.settings, publisher.published[:12])
+    catch_up(Pipeline(pipeline.settings))
+    check_rows(pipeline.settings, publisher.published)
 
 
 def test_running_an_old_topics_batch_again_leaves_the_new_topics_group_offsets_alone(pipeline: Pipeline) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.errors import UnavailableError
 from sensor_pipeline_tests.kafka.inspecting import backlog, batch, catch_up, check_rows, totals
 from sensor_pipeline_tests.kafka.producing import Publisher, create_topic, high_watermarks
 
@@ -105,6 +108,49 @@ def test_what_lies_before_an_open_transaction_comes_in_and_nothing_waits_for_it(
     open_transaction.commit()
     assert backlog(pipeline).lag == 2 + 4 + 1
     catch_up(pipeline)
+    check_rows(pipeline.settings, publisher.published)
+
+
+def test_a_transaction_left_open_over_many_batches_holds_back_nothing_but_what_lies_behind_it(
+    pipeline: Pipeline,
+) -> None:
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({0: 3, 1: 1})
+    held_back = publisher.begin()
+    held_back.readings({0: 1})
+    for number in range(6):
+        publisher.readings({0: 2, 1: 2, 2: 1})
+        publisher.aborted({2: 1})
+        if number == 3:
+            # It goes on meanwhile, into a partition that was free until then.
+            held_back.readings({3: 1})
+            publisher.readings({3: 2})
+        catch_up(pipeline)
+        free = [m for m in publisher.published if m.partition in (1, 2) or (m.partition == 0 and m.offset < 3)]
+        check_rows(pipeline.settings, free)
+        assert backlog(pipeline).lag == 0
+
+    held_back.commit()
+    catch_up(pipeline)
+
+    check_rows(pipeline.settings, publisher.published)
+    assert backlog(pipeline).lag == 0
+
+
+def test_a_batch_that_reaches_into_an_open_transaction_is_refused_and_done_once_it_ended(pipeline: Pipeline) -> None:
+    """As one re-executed by hand with wider ranges: it neither hangs nor takes what is not committed."""
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({0: 3, 1: 2})
+    open_transaction = publisher.begin()
+    open_transaction.readings({0: 2})
+    reaching = batch(pipeline.settings, {0: (0, 5), 1: (0, 2)})
+
+    with pytest.raises(UnavailableError, match=r"open transaction holds it back: 0:0-5 \(its end is 3\)"):
+        pipeline.run(reaching)
+    check_rows(pipeline.settings, [])
+    open_transaction.commit()
+
+    assert pipeline.run(reaching).inserted == 7
     check_rows(pipeline.settings, publisher.published)
 
 
