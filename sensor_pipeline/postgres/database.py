@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 from psycopg2 import DataError as DriverDataError
 from psycopg2 import Error as DriverError
-from psycopg2 import IntegrityError
+from psycopg2 import IntegrityError, InterfaceError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -25,9 +25,35 @@ _CONNECT_SECONDS = 10
 _KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 _TCP_USER_TIMEOUT_MS = 60_000
 _NOT_MIGRATED = {"42P01", "42703", "3F000", "42883"}
-# Another program's table in the way, a feature that the version lacks.
-_WRONG_STATEMENT = {"42", "0A"}
+# Another program's table in the way, a column of another type (so that the binary copy does not fit), a feature that
+# the version lacks.
+_WRONG_STATEMENT = {"42", "0A", "22P03", "22P04"}
 _RIGHTS = {"28", "42501", "3D"}
+# RAISE in somebody's trigger without a state of its own: it may mean the row, or anything.
+_TRIGGER = "P0"
+# Of a row: too large for an index. Of any other statement: nothing of its content.
+_LIMIT = "54"
+_STANDBY = "it is a standby: set POSTGRES_HOST (and _PORT) to the primary, or promote it"
+# What helps, by SQLSTATE or by its class; "then try again" follows.
+_REMEDIES = {
+    "25006": "switch off default_transaction_read_only (of the server, the database or the user)",
+    "25P03": "raise idle_in_transaction_session_timeout (of the server, the database or the user)",
+    "25P04": "raise transaction_timeout (of the server, the database or the user)",
+    "40": "wait a moment: another session was in the way",
+    "53100": "make room on the server's disk (for its data, its tablespaces or its WAL)",
+    "53200": "give the server more memory (or, if it speaks of locks, raise max_locks_per_transaction)",
+    "53300": "raise max_connections (or the database's or user's CONNECTION LIMIT), or close other sessions",
+    "53400": "raise the limit that it speaks of",
+    _LIMIT: "mend what exceeds the limit that it speaks of",
+    "55P03": "end the session that holds the lock (see pg_blocking_pids), or raise lock_timeout (of the server, the "
+    "database or the user) where it is set",
+    "57014": "raise statement_timeout (of the server, the database or the user), or ask who cancelled it",
+    "57P05": "raise idle_session_timeout (of the server, the database or the user)",
+    "57P": "wait a moment: the server stops or starts, or was told to end this session",
+    "58": "look at the server's disk and log",
+    "XX": "look at the server's log: its data may be damaged",
+}
+_OTHERWISE = "look at the server's log"
 
 
 class Database:
@@ -74,13 +100,15 @@ class Database:
         Raises:
             UnavailableError, ConfigurationError, DataError: what the database refused, by SQLSTATE.
         """
+        is_standby: bool | None = None
         try:
             with self._engine.begin() as connection:
+                is_standby = _is_standby(connection)
                 yield connection
         except DBAPIError as error:
-            raise self._translate(error.orig) from error
+            raise self._translate(error.orig, is_standby) from error
         except DriverError as error:
-            raise self._translate(error) from error
+            raise self._translate(error, is_standby) from error
 
     def check_schema(self, connection: sa.Connection) -> None:
         """Refuse a schema that is not the one of this code.
@@ -117,14 +145,13 @@ class Database:
             f"database {self.name} does not have the tables of sensor_pipeline yet; run: sensor-pipeline migrate"
         )
 
-    def _translate(self, error: BaseException | None) -> SensorPipelineError:
+    def _translate(self, error: BaseException | None, is_standby: bool | None) -> SensorPipelineError:
+        """An error as one of ours; `is_standby` is None where there was no connection."""
+        error = _cause(error)
         said = " ".join(str(error).split("\n")[0].split())
         state = getattr(error, "pgcode", None) or ""
-        if not state:  # libpq could not connect, or lost the connection
-            return UnavailableError(
-                f"no connection to PostgreSQL at {self.name} as {self._user}: {said or 'it was closed'}; check that it "
-                "runs and POSTGRES_HOST, _PORT, _DB, _USER and _PASSWORD, then try again"
-            )
+        if not state:
+            return self._no_connection(said, connected=is_standby is not None)
         if state in _NOT_MIGRATED:
             return self._not_migrated()
         if state in _RIGHTS or state[:2] in _RIGHTS:
@@ -132,21 +159,69 @@ class Database:
                 f"PostgreSQL at {self.name} does not let {self._user} do this: {said}; have the right granted, or "
                 "correct POSTGRES_USER, _PASSWORD and _DB"
             )
-        if about_content(error):
-            return DataError(f"PostgreSQL at {self.name} refuses a row for its content ({state}): {said}")
-        if state[:2] in _WRONG_STATEMENT:
+        if about_content(error) and state[:2] != _LIMIT:
+            return DataError(
+                f"PostgreSQL at {self.name} refuses a row for its content ({state}): {said}; nothing was changed. Mend "
+                "what refuses it (a constraint, an index, a trigger), then try again"
+            )
+        if state[:2] == _TRIGGER:
+            return DataError(
+                f"a trigger or function of PostgreSQL at {self.name} refuses this ({state}): {said}; nothing was "
+                "changed. Mend it, then try again; one that means a single row should raise check_violation, and only "
+                "that row is rejected"
+            )
+        if state in _WRONG_STATEMENT or state[:2] in _WRONG_STATEMENT:
             return ConfigurationError(
                 f"PostgreSQL at {self.name} does not take it ({state}): {said}; nothing was changed, and trying again "
                 "will not help: look at the database's own tables and version"
             )
+        # A session that is cut off may have been so in its commit: whether that happened is in the ledger.
+        unchanged = "" if state.startswith(("57P", "08")) else "nothing was changed; "
+        remedy = _remedy(state, is_standby=bool(is_standby))
         return UnavailableError(
-            f"PostgreSQL at {self.name} could not do it now ({state}): {said}; nothing was changed, try again"
+            f"PostgreSQL at {self.name} could not do it now ({state}): {said}; {unchanged}{remedy}, then try again"
         )
+
+    def _no_connection(self, said: str, *, connected: bool) -> UnavailableError:
+        """Libpq gives no SQLSTATE here, also where the server sent one, so that all that it may be is named."""
+        if connected:
+            return UnavailableError(
+                f"no connection to PostgreSQL at {self.name} as {self._user} any more: {said or 'it was closed'}; if "
+                "the server was restarted or the network failed, that passes by itself; if the server's log says that "
+                "it ended the session, raise idle_in_transaction_session_timeout or transaction_timeout; then try again"
+            )
+        return UnavailableError(
+            f"no connection to PostgreSQL at {self.name} as {self._user}: {said or 'it was closed'}; check that it "
+            "runs (if not, its log says why) and POSTGRES_HOST, _PORT, _DB, _USER and _PASSWORD; if it only starts up, "
+            "that passes by itself; if it has too many connections, raise max_connections or the CONNECTION LIMIT, or "
+            "close other sessions; then try again"
+        )
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """What came first, where a rollback then only found the connection closed."""
+    while isinstance(error, InterfaceError) and isinstance(error.__context__, DriverError):
+        error = error.__context__
+    return error
+
+
+def _is_standby(connection: sa.Connection) -> bool:
+    driver = connection.connection.driver_connection
+    # Not asked for: the server reports it, from version 14 on, and the driver keeps it.
+    return driver is not None and driver.get_parameter_status("in_hot_standby") == "on"
+
+
+def _remedy(state: str, *, is_standby: bool) -> str:
+    if state == "25006" and is_standby:
+        return _STANDBY
+    return next((_REMEDIES[key] for key in (state, state[:3], state[:2]) if key in _REMEDIES), _OTHERWISE)
 
 
 def about_content(error: BaseException | None) -> bool:
     """Whether the database refused a row for what it holds, rather than for the state that the database is in."""
+    if not isinstance(error, DriverError) or error.pgcode in _WRONG_STATEMENT:
+        return False
     if isinstance(error, IntegrityError):
-        # One that names neither says that a partition is missing.
-        return bool(error.diag.constraint_name or error.diag.column_name)
-    return isinstance(error, DriverDataError)
+        # One that names a table and neither of these says that a partition is missing; a trigger's names nothing.
+        return bool(error.diag.constraint_name or error.diag.column_name or not error.diag.table_name)
+    return isinstance(error, DriverDataError) or (error.pgcode or "").startswith(_LIMIT)

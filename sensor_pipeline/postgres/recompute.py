@@ -27,7 +27,7 @@ from sensor_pipeline.postgres.history import (
 )
 from sensor_pipeline.postgres.verify import SNAPSHOT, Machine, look
 
-_LOCK = sa.text("SELECT id FROM machines WHERE id = :machine FOR NO KEY UPDATE")
+_LOCK = sa.text("SET LOCAL jit = off; SELECT id FROM machines WHERE id = :machine FOR NO KEY UPDATE")
 _SEE = sa.text("""
     UPDATE machines SET first_seen = held.first, last_seen = held.last
     FROM (SELECT min("timestamp") AS first, max("timestamp") AS last FROM readings WHERE machine_id = :machine) AS held

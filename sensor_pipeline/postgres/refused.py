@@ -43,22 +43,51 @@ def insert(
 
     Returns:
         That count and nothing refused, or 0 and the refused items with the database's words, found in
-        O(log n) attempts each. In that case nothing was inserted.
+        O(log n) attempts each. In that case the transaction is to be rolled back. Of items that refuse each other (by
+        a unique index) the later ones are refused.
+
+    Raises:
+        DBAPIError, DriverError: anything else, also where the database takes each single item and not all together.
     """
     try:
         with connection.begin_nested():
             return attempt(items), {}
     except (DBAPIError, DriverError) as error:
-        driver = error.orig if isinstance(error, DBAPIError) else error
-        if not isinstance(driver, DriverError) or not about_content(driver):
+        if not about_content(_driver_error(error)):
             raise
-        words = f"{driver.pgcode}: {driver.diag.message_primary}"
+        refused = _search(connection, items, attempt, error)
+        if not refused:
+            raise
+        return 0, refused
+
+
+def _search(
+    connection: sa.Connection,
+    items: Sequence[T],
+    attempt: Callable[[Sequence[T]], int],
+    error: DBAPIError | DriverError,
+) -> dict[T, str]:
+    """Which of these items are refused, of which all together are; the others are inserted."""
     if len(items) == 1:
-        return 0, {items[0]: words}
+        return {items[0]: _words(error)}
     middle = len(items) // 2
     refused: dict[T, str] = {}
     for half in (items[:middle], items[middle:]):
-        trial = connection.begin_nested()
-        refused |= insert(connection, half, attempt)[1]
-        trial.rollback()
-    return 0, refused
+        try:
+            with connection.begin_nested():
+                attempt(half)
+        except (DBAPIError, DriverError) as of_half:
+            if not about_content(_driver_error(of_half)):
+                raise
+            refused |= _search(connection, half, attempt, of_half)
+    return refused
+
+
+def _driver_error(error: DBAPIError | DriverError) -> BaseException | None:
+    return error.orig if isinstance(error, DBAPIError) else error
+
+
+def _words(error: DBAPIError | DriverError) -> str:
+    driver = _driver_error(error)
+    assert isinstance(driver, DriverError)
+    return f"{driver.pgcode}: {driver.diag.message_primary}"

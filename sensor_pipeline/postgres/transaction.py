@@ -39,17 +39,18 @@ from sensor_pipeline.postgres.refused import Refused, RowsRefusedError, insert
 
 _SETTINGS = sa.text("SET LOCAL jit = off")
 _MACHINES = sa.text("SELECT id, machine_id FROM machines WHERE machine_id = ANY (CAST(:names AS text[]))")
-# Until the batch's readings are counted in, an empty span: the neutral element of least and greatest.
 _ADD_MACHINES = sa.text("""
     INSERT INTO machines (machine_id, first_seen, last_seen)
-    SELECT name, 'infinity', '-infinity' FROM unnest(CAST(:names AS text[])) WITH ORDINALITY AS new (name, place)
-    ORDER BY place ON CONFLICT DO NOTHING
+    SELECT name, first, last FROM unnest(
+        CAST(:names AS text[]), CAST(:firsts AS timestamptz[]), CAST(:lasts AS timestamptz[])
+    ) WITH ORDINALITY AS new (name, first, last, place)
+    ORDER BY place ON CONFLICT (machine_id) DO NOTHING RETURNING id
 """)
 _LOCK_MACHINES = sa.text("""
     SELECT id FROM machines WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR NO KEY UPDATE
 """)
 _LAST_SEEN = sa.text("""
-    SELECT id, last_seen FROM machines WHERE id = ANY (CAST(:ids AS bigint[])) AND last_seen > '-infinity'
+    SELECT id, last_seen FROM machines WHERE id = ANY (CAST(:ids AS bigint[]))
 """)
 _SEE_MACHINES = sa.text("""
     UPDATE machines SET first_seen = least(first_seen, new.first), last_seen = greatest(last_seen, new.last)
@@ -150,6 +151,7 @@ class _Transaction:
         self._readings = detected
         self._origin = origin
         self._max_rejected_share = max_rejected_share
+        self._new_machines: set[int] = set()
         self._began = time.perf_counter()
 
     def run(self) -> Written:
@@ -178,7 +180,7 @@ class _Transaction:
         # 4
         self._connection.execute(_LOCK_MACHINES, {"ids": ids.tolist()})
         # 5
-        last_seen = {row.id: row.last_seen for row in self._connection.execute(_LAST_SEEN, {"ids": ids.tolist()})}
+        last_seen = self._last_seen(ids.tolist())
         # Only now: another topic may have become known since, and have readings of these machines.
         ranks = {t.id: t.rank for t in ledger.topics(self._connection)}
         settled = settle(self._connection, readings.assign(topic_rank=ranks[topic.id]), last_seen, ranks)
@@ -218,12 +220,9 @@ class _Transaction:
         held = [span for partition in self._batch.partitions for span in done.get(partition, [])]
         todo = subtract(self._batch.ranges, held)
         inside = within(self._readings, todo)
-        if inside.all():
-            self._readings = self._readings.copy(deep=False)
-        else:
-            left = self._readings[inside].reset_index(drop=True)
-            left["machine"] = left["machine"].cat.remove_unused_categories()
-            self._readings = detect(left)
+        left = self._readings.copy(deep=False) if inside.all() else self._readings[inside].reset_index(drop=True)
+        left["machine"] = left["machine"].cat.remove_unused_categories()
+        self._readings = left if inside.all() else detect(left)
         self._drained = Drained(
             self._readings,
             tuple(m for m in self._drained.rejected if _is_in(m, todo)),
@@ -235,16 +234,29 @@ class _Transaction:
         found = self._known_machines(names)
         missing = sorted(set(names) - found.keys())
         if missing:
-            _, refused = insert(self._connection, missing, self._add_machines)
+            spans = _spans(self._readings[self._readings["machine"].isin(missing)])
+            _, refused = insert(self._connection, missing, lambda part: self._add_machines(spans.loc[list(part)]))
             if refused:
                 rows = self._readings[self._readings["machine"].isin(list(refused))]
                 raise _refused(rows, [refused[name] for name in rows["machine"]])
             # Another batch may have made some of them meanwhile; only a new statement sees those.
             found |= self._known_machines(missing)
+        if lost := [name for name in names if name not in found]:
+            raise DataError(
+                f"batch {self._batch}: PostgreSQL did not keep {len(lost)} of its machines (such as {lost[0]!r}): a "
+                "trigger or a policy of table machines is in the way; nothing was written. Mend it, then try again"
+            )
         return np.array([found[name] for name in names], np.int64)
 
-    def _add_machines(self, names: Sequence[str]) -> int:
-        return self._connection.execute(_ADD_MACHINES, {"names": list(names)}).rowcount
+    def _add_machines(self, spans: pd.DataFrame) -> int:
+        added = self._connection.scalars(_ADD_MACHINES, {"names": spans.index.tolist()} | _ends(spans)).all()
+        self._new_machines = set(added)
+        return len(added)
+
+    def _last_seen(self, ids: list[int]) -> dict[int, datetime]:
+        """The latest event time of each machine before this batch; those that it made had none."""
+        rows = self._connection.execute(_LAST_SEEN, {"ids": ids})
+        return {row.id: row.last_seen for row in rows if row.id not in self._new_machines}
 
     def _known_machines(self, names: list[str]) -> dict[str, int]:
         return {row.machine_id: row.id for row in self._connection.execute(_MACHINES, {"names": names})}
@@ -272,13 +284,8 @@ class _Transaction:
         return copied
 
     def _see_machines(self, readings: pd.DataFrame) -> None:
-        spans = readings.groupby("machine")["timestamp"].agg(["min", "max"])
-        arguments = {
-            "ids": spans.index.tolist(),
-            "firsts": spans["min"].dt.to_pydatetime().tolist(),
-            "lasts": spans["max"].dt.to_pydatetime().tolist(),
-        }
-        self._connection.execute(_SEE_MACHINES, arguments)
+        spans = _spans(readings)
+        self._connection.execute(_SEE_MACHINES, {"ids": spans.index.tolist()} | _ends(spans))
 
     def _add_rejected(self, topic_id: int) -> int:
         added = 0
@@ -367,6 +374,18 @@ class _Transaction:
 def _refused(rows: pd.DataFrame, words: Sequence[str]) -> RowsRefusedError:
     columns = zip(rows["partition"].tolist(), rows["offset"].tolist(), words, strict=True)
     return RowsRefusedError([Refused(partition, offset, said) for partition, offset, said in columns])
+
+
+def _spans(readings: pd.DataFrame) -> pd.DataFrame:
+    """The first and the last time (`min`, `max`) of each machine."""
+    return readings.groupby("machine", observed=True)["timestamp"].agg(["min", "max"])
+
+
+def _ends(spans: pd.DataFrame) -> dict[str, list[datetime]]:
+    return {
+        "firsts": spans["min"].dt.to_pydatetime().tolist(),
+        "lasts": spans["max"].dt.to_pydatetime().tolist(),
+    }
 
 
 def _days(readings: pd.DataFrame) -> list[date]:

@@ -16,7 +16,7 @@ from sensor_pipeline.errors import ConfigurationError
 from sensor_pipeline.postgres.history import Difference, compare, find_episodes, stored_failures, widen
 
 # All statements of a transaction that begins so see one state.
-SNAPSHOT = sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+SNAPSHOT = sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL jit = off")
 
 # Of what is wrong, so many examples are shown.
 EXAMPLES = 5
