@@ -477,3 +477,28 @@ def test_a_late_reading_locks_the_days_that_it_can_touch_and_not_every_day_there
         sa.event.remove(sa.Engine, "commit", count)
     assert stored(database_settings) == want(log)
     assert 0 < max(seen) < 12
+
+
+def test_no_stored_reading_is_read_for_machines_that_are_new_or_whose_readings_come_in_order(
+    database_settings: Settings,
+) -> None:
+    log = Log(database_settings, "t", "t-id")
+    for second in range(40):
+        log.publish(0, message(f"m{second % 3}", second, second % 7 < 3))
+    late = len(log.partitions[0])
+    log.publish(0, message("m0", 5, True))
+    statements: list[str] = []
+
+    def note(connection: sa.Connection, cursor: object, statement: str, *arguments: Any) -> None:
+        statements.append(statement)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        for start, end in ((0, 20), (20, late)):
+            ingest_once(database_settings, log, OffsetRange(0, start, end))
+            assert not [statement for statement in statements if "FROM readings " in statement]
+        ingest_once(database_settings, log)
+        assert [statement for statement in statements if "FROM readings " in statement]
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    assert stored(database_settings) == want(log)
