@@ -97,3 +97,16 @@ def test_every_command_explains_itself_and_stands_in_the_readme(name: str) -> No
     assert command.help
     assert all(option.help for option in command.params if isinstance(option, click.Option))
     assert f"`sensor-pipeline {name}" in (ROOT / "README.md").read_text()
+
+
+def rows_of_guarantees() -> list[str]:
+    lines = (ROOT / "docs" / "guarantees.md").read_text().splitlines()
+    return [line for line in lines if line.startswith("| ") and not line.startswith("| what is done ")]
+
+
+@pytest.mark.parametrize("row", rows_of_guarantees())
+def test_every_guarantee_names_tests_that_exist(row: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row.rpartition(" | ")[2])
+    assert named
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / "sensor_pipeline_tests" / file).read_text(), re.MULTILINE), test

@@ -6,7 +6,7 @@ import getpass
 
 import click
 
-from sensor_pipeline.backlog import read_backlog
+from sensor_pipeline.backlog import read_backlog, register_topic
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.cli.environment import environment
 from sensor_pipeline.errors import ConfigurationError, DataError
@@ -33,6 +33,8 @@ def command(topic: str, partition: int, reason: str, yes: bool) -> None:
     click.echo(f"topic {topic} partition {partition}: {total(gap)} offsets are lost: {named}")
     if not yes:
         click.confirm("Accept the loss?", abort=True)
+    # One that was created anew may have lost records before any batch of it was run.
+    register_topic(pipeline.settings, pipeline.kafka, pipeline.database, backlog.topic)
     with pipeline.database.begin() as connection:
         stored = ledger.find_topic(connection, backlog.topic.kafka_topic_id)
         assert stored is not None

@@ -1,0 +1,145 @@
+"""A deployment on this machine: code server, daemon and web server, with the test as its process manager."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sensor_pipeline.embedded import ports
+from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.acceptance.commands import BIN, DEADLINE_SECONDS, environment
+from sensor_pipeline_tests.kafka.inspecting import query
+
+CODE_SERVER, DAEMON, WEB_SERVER, RUN = "code server", "daemon", "web server", "run"
+# Of `dagster.yaml`, made short enough to be waited for: how long a run may hold its lane.
+_SHORTER = {
+    "poll_interval_seconds: 30": "poll_interval_seconds: 1",
+    "start_timeout_seconds: 120": "start_timeout_seconds: 30",
+    "max_runtime_seconds: 900": "max_runtime_seconds: {max_runtime}",
+}
+
+
+class Deployment:
+    """Dagster's processes. Whatever was killed is started again by `tend`, and nothing else is done for it."""
+
+    def __init__(self, settings: Settings, home: Path, max_runtime: int) -> None:
+        self.settings = settings
+        self.home = home
+        self.dagster = replace(settings, postgres_db=f"{settings.postgres_db}_dagster")
+        self._env = environment(
+            settings, DAGSTER_HOME=str(home), DAGSTER_POSTGRES_DB=self.dagster.postgres_db, COMMIT_INTERVAL_MS="1000"
+        )
+        code_port, ui_port = str(ports.any_free()), str(ports.any_free())
+        workspace = home / "workspace.yaml"
+        at = ["-h", ports.LOOPBACK, "-p"]
+        self._commands = {
+            CODE_SERVER: ["dagster", "api", "grpc", *at, code_port, "-m", "sensor_pipeline.orchestration.definitions"],
+            DAEMON: ["dagster-daemon", "run", "-w", str(workspace)],
+            WEB_SERVER: ["dagster-webserver", *at, ui_port, "-w", str(workspace)],
+        }
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        home.mkdir()
+        (home / "dagster.yaml").write_text(_instance(max_runtime))
+        workspace.write_text(
+            f"load_from: [grpc_server: {{host: {ports.LOOPBACK}, port: {code_port}, location_name: sensor_pipeline}}]\n"
+        )
+
+    def tend(self) -> None:
+        """Start what does not run."""
+        for name, command in self._commands.items():
+            if name not in self._processes or self._processes[name].poll() is not None:
+                with (self.home / f"{name}.log").open("ab") as log:
+                    self._processes[name] = subprocess.Popen(
+                        [str(BIN / command[0]), *command[1:]], env=self._env, cwd=self.home, stdout=log, stderr=log
+                    )
+
+    def wait_for(self, what: str, found: Callable[[], Any]) -> Any:
+        """Tend it until there is what is looked for."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not (result := found()):
+            self.tend()
+            assert time.monotonic() < deadline, f"never: {what}\nruns: {self.runs()}\n{self._logs()}"
+            time.sleep(0.1)
+        return result
+
+    def kill(self, name: str) -> None:
+        """`kill -9` of one process and none that it started; of a run, when there is one."""
+        if name != RUN:
+            self._processes[name].kill()
+            self._processes[name].wait()
+            return
+        process = self.wait_for("a run", self.run_processes)[0]
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+    def run_processes(self) -> list[psutil.Process]:
+        """The processes that execute runs, whoever started them."""
+        return [process for process in self._all() if "--multiprocessing-fork" in _cmdline(process)]
+
+    def runs(self) -> dict[str, str]:
+        """The status of each run by its id, the oldest first."""
+        return dict(tuple(row) for row in query(self.dagster, "SELECT run_id, status FROM runs ORDER BY id"))
+
+    def said(self, run_id: str) -> str:
+        """All that Dagster keeps of what a run said."""
+        rows = query(self.dagster, f"SELECT event FROM event_logs WHERE run_id = '{run_id}' ORDER BY id")
+        return "\n".join(row[0] for row in rows)
+
+    def end(self) -> None:
+        """End everything."""
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        for stray in self._all():
+            with suppress(psutil.NoSuchProcess):
+                stray.send_signal(signal.SIGKILL)
+        for process in self._processes.values():
+            process.wait()
+
+    def _all(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.environ().get("DAGSTER_HOME") == str(self.home) and process.pid != os.getpid():
+                    found.append(process)
+        return found
+
+    def _logs(self) -> str:
+        return "\n".join(f"{log.name}: {log.read_text()[-1500:]}" for log in self.home.glob("*.log"))
+
+
+@contextmanager
+def deployed(settings: Settings, home: Path, *, max_runtime: int) -> Iterator[Deployment]:
+    """A deployment that runs during the block; a run may take `max_runtime` seconds."""
+    deployment = Deployment(settings, home, max_runtime)
+    try:
+        deployment.tend()
+        yield deployment
+    finally:
+        deployment.end()
+
+
+def _instance(max_runtime: int) -> str:
+    text = resources.files("sensor_pipeline.orchestration").joinpath("dagster.yaml").read_text()
+    for shipped, shorter in _SHORTER.items():
+        assert shipped in text
+        text = text.replace(shipped, shorter.format(max_runtime=max_runtime))
+    return text
+
+
+def _cmdline(process: psutil.Process) -> Sequence[str]:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return ()
