@@ -25,9 +25,10 @@ from sensor_pipeline.postgres.history import (
     stored_failures,
     widen,
 )
+from sensor_pipeline.postgres.machines import lock
 from sensor_pipeline.postgres.verify import SNAPSHOT, Machine, look
 
-_LOCK = sa.text("SET LOCAL jit = off; SELECT id FROM machines WHERE id = :machine FOR NO KEY UPDATE")
+_SETTINGS = sa.text("SET LOCAL jit = off")
 _SEE = sa.text("""
     UPDATE machines SET first_seen = held.first, last_seen = held.last
     FROM (SELECT min("timestamp") AS first, max("timestamp") AS last FROM readings WHERE machine_id = :machine) AS held
@@ -59,7 +60,8 @@ def recompute_machine(
     if not differences and not seen:
         return None
     with database.begin() as connection:
-        connection.execute(_LOCK, {"machine": machine.id})
+        connection.execute(_SETTINGS)
+        lock(connection, [machine.id])
         said = [seen] if seen and connection.execute(_SEE, {"machine": machine.id}).rowcount else []
         if not differences:
             return Mended(said) if said else None

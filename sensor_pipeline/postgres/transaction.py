@@ -13,59 +13,30 @@ READ COMMITTED, in this order; locks are always taken in it, so that batches wai
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
-from sensor_pipeline.drained import Drained, Headers, RejectedMessage, within
+from sensor_pipeline.drained import Drained, RejectedMessage, within
 from sensor_pipeline.errors import ConservationError, DataError, TooManyRejectedError
 from sensor_pipeline.failures import detect
 from sensor_pipeline.offsets import Batch, OffsetRange, intersect, subtract, total
-from sensor_pipeline.postgres import ledger
+from sensor_pipeline.postgres import ledger, machines
 from sensor_pipeline.postgres.copy import copy_readings
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.days import ensure_days
 from sensor_pipeline.postgres.episodes import FailureEvent, settle
 from sensor_pipeline.postgres.refused import Refused, RowsRefusedError, insert
+from sensor_pipeline.postgres.rejected import add_rejected
 
 _SETTINGS = sa.text("SET LOCAL jit = off")
-_MACHINES = sa.text("SELECT id, machine_id FROM machines WHERE machine_id = ANY (CAST(:names AS text[]))")
-_ADD_MACHINES = sa.text("""
-    INSERT INTO machines (machine_id, first_seen, last_seen)
-    SELECT name, first, last FROM unnest(
-        CAST(:names AS text[]), CAST(:firsts AS timestamptz[]), CAST(:lasts AS timestamptz[])
-    ) WITH ORDINALITY AS new (name, first, last, place)
-    ORDER BY place ON CONFLICT (machine_id) DO NOTHING RETURNING id
-""")
-_LOCK_MACHINES = sa.text("""
-    SELECT id FROM machines WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR NO KEY UPDATE
-""")
-_LAST_SEEN = sa.text("""
-    SELECT id, last_seen FROM machines WHERE id = ANY (CAST(:ids AS bigint[]))
-""")
-_SEE_MACHINES = sa.text("""
-    UPDATE machines SET first_seen = least(first_seen, new.first), last_seen = greatest(last_seen, new.last)
-    FROM unnest(CAST(:ids AS bigint[]), CAST(:firsts AS timestamptz[]), CAST(:lasts AS timestamptz[]))
-        AS new (id, first, last)
-    WHERE machines.id = new.id
-""")
-_ADD_REJECTED = sa.text("""
-    INSERT INTO rejected_messages
-        (topic_id, kafka_partition, kafka_offset, key, payload, headers, reason, detail)
-    SELECT :topic_id, new.* FROM unnest(
-        CAST(:partitions AS integer[]), CAST(:offsets AS bigint[]), CAST(:keys AS bytea[]),
-        CAST(:payloads AS bytea[]), CAST(:headers AS jsonb[]), CAST(:reasons AS text[]), CAST(:details AS text[])
-    ) AS new
-""")
 _ADD_BATCH = sa.text("""
     INSERT INTO batches
         (topic_id, ranges, dagster_run_id, drained, inserted, already_ingested, rejected, no_record,
@@ -75,9 +46,6 @@ _ADD_BATCH = sa.text("""
          :no_record, :failures_started, :failures_ended, :started_at, clock_timestamp(), CAST(:timings AS jsonb))
     RETURNING id
 """)
-# A statement may not be larger than 1 GB, and the driver sends bytes as hexadecimal text.
-_REJECTED_A_STATEMENT = 1_000
-_REJECTED_BYTES_A_STATEMENT = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -178,16 +146,16 @@ class _Transaction:
         failing = readings["has_failure"].to_numpy()
         inserted = self._copy(topic.id, readings[~failing])
         # 4
-        self._connection.execute(_LOCK_MACHINES, {"ids": ids.tolist()})
+        machines.lock(self._connection, ids.tolist())
         # 5
-        last_seen = self._last_seen(ids.tolist())
+        last_seen = machines.last_seen(self._connection, ids.tolist(), made=self._new_machines)
         # Only now: another topic may have become known since, and have readings of these machines.
         ranks = {t.id: t.rank for t in ledger.topics(self._connection)}
         settled = settle(self._connection, readings.assign(topic_rank=ranks[topic.id]), last_seen, ranks)
         inserted += self._copy(topic.id, readings[failing], settled.failure_id)
-        self._see_machines(readings)
+        machines.see(self._connection, machines.spans(readings))
         # 6
-        rejected = self._add_rejected(topic.id)
+        rejected = add_rejected(self._connection, topic.id, self._drained.rejected)
         no_record = intersect(self._drained.no_record, todo)
         self._check_places(no_record)
         by_id = dict(zip(ids.tolist(), names, strict=True))
@@ -231,35 +199,27 @@ class _Transaction:
         return todo
 
     def _machine_ids(self, names: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        found = self._known_machines(names)
+        found = machines.known(self._connection, names)
         missing = sorted(set(names) - found.keys())
         if missing:
-            spans = _spans(self._readings[self._readings["machine"].isin(missing)])
-            _, refused = insert(self._connection, missing, lambda part: self._add_machines(spans.loc[list(part)]))
+            spans = machines.spans(self._readings[self._readings["machine"].isin(missing)])
+
+            def add(names: Sequence[str]) -> int:
+                self._new_machines = machines.add(self._connection, spans.loc[list(names)])
+                return len(self._new_machines)
+
+            _, refused = insert(self._connection, missing, add)
             if refused:
                 rows = self._readings[self._readings["machine"].isin(list(refused))]
                 raise _refused(rows, [refused[name] for name in rows["machine"]])
             # Another batch may have made some of them meanwhile; only a new statement sees those.
-            found |= self._known_machines(missing)
+            found |= machines.known(self._connection, missing)
         if lost := [name for name in names if name not in found]:
             raise DataError(
                 f"batch {self._batch}: PostgreSQL did not keep {len(lost)} of its machines (such as {lost[0]!r}): a "
                 "trigger or a policy of table machines is in the way; nothing was written. Mend it, then try again"
             )
         return np.array([found[name] for name in names], np.int64)
-
-    def _add_machines(self, spans: pd.DataFrame) -> int:
-        added = self._connection.scalars(_ADD_MACHINES, {"names": spans.index.tolist()} | _ends(spans)).all()
-        self._new_machines = set(added)
-        return len(added)
-
-    def _last_seen(self, ids: list[int]) -> dict[int, datetime]:
-        """The latest event time of each machine before this batch; those that it made had none."""
-        rows = self._connection.execute(_LAST_SEEN, {"ids": ids})
-        return {row.id: row.last_seen for row in rows if row.id not in self._new_machines}
-
-    def _known_machines(self, names: list[str]) -> dict[str, int]:
-        return {row.machine_id: row.id for row in self._connection.execute(_MACHINES, {"names": names})}
 
     def _copy(self, topic_id: int, rows: pd.DataFrame, failure_id: pd.Series[int] | None = None) -> int:
         ids = None if failure_id is None else np.asarray(failure_id.loc[rows.index], np.int64)
@@ -282,26 +242,6 @@ class _Transaction:
         if refused:
             raise _refused(rows.iloc[list(refused)], list(refused.values()))
         return copied
-
-    def _see_machines(self, readings: pd.DataFrame) -> None:
-        spans = _spans(readings)
-        self._connection.execute(_SEE_MACHINES, {"ids": spans.index.tolist()} | _ends(spans))
-
-    def _add_rejected(self, topic_id: int) -> int:
-        added = 0
-        for part in _parts(self._drained.rejected):
-            arguments = {
-                "topic_id": topic_id,
-                "partitions": [m.partition for m in part],
-                "offsets": [m.offset for m in part],
-                "keys": [m.key for m in part],
-                "payloads": [m.payload for m in part],
-                "headers": [_headers_json(m.headers) for m in part],
-                "reasons": [m.reason for m in part],
-                "details": [m.detail for m in part],
-            }
-            added += self._connection.execute(_ADD_REJECTED, arguments).rowcount
-        return added
 
     def _log(self, topic_id: int, written: Written) -> int:
         ranges = [vars(span) for span in self._batch.ranges]
@@ -376,36 +316,9 @@ def _refused(rows: pd.DataFrame, words: Sequence[str]) -> RowsRefusedError:
     return RowsRefusedError([Refused(partition, offset, said) for partition, offset, said in columns])
 
 
-def _spans(readings: pd.DataFrame) -> pd.DataFrame:
-    """The first and the last time (`min`, `max`) of each machine."""
-    return readings.groupby("machine", observed=True)["timestamp"].agg(["min", "max"])
-
-
-def _ends(spans: pd.DataFrame) -> dict[str, list[datetime]]:
-    return {
-        "firsts": spans["min"].dt.to_pydatetime().tolist(),
-        "lasts": spans["max"].dt.to_pydatetime().tolist(),
-    }
-
-
 def _days(readings: pd.DataFrame) -> list[date]:
     days: list[date] = np.unique(readings["timestamp"].to_numpy("datetime64[us]").astype("datetime64[D]")).tolist()
     return days
-
-
-def _parts(messages: Sequence[RejectedMessage]) -> Iterator[list[RejectedMessage]]:
-    """Messages in parts of at most a statement's size; a larger one stands alone."""
-    part: list[RejectedMessage] = []
-    size = 0
-    for message in messages:
-        own = len(message.payload or b"") + len(message.key or b"") + sum(len(v or b"") for _, v in message.headers)
-        if part and (len(part) == _REJECTED_A_STATEMENT or size + own > _REJECTED_BYTES_A_STATEMENT):
-            yield part
-            part, size = [], 0
-        part.append(message)
-        size += own
-    if part:
-        yield part
 
 
 def _is_in(message: RejectedMessage, ranges: Sequence[OffsetRange]) -> bool:
@@ -414,20 +327,3 @@ def _is_in(message: RejectedMessage, ranges: Sequence[OffsetRange]) -> bool:
 
 def _named(events: Sequence[FailureEvent], names: Mapping[int, str]) -> list[tuple[str, datetime]]:
     return [(names[event.machine_id], event.at.astimezone(UTC)) for event in events]
-
-
-def _headers_json(headers: Headers) -> str:
-    """Headers as a JSON array; a name or value that text in PostgreSQL cannot hold stands as base64."""
-    return json.dumps([_text("key", name.encode()) | _text("value", value) for name, value in headers])
-
-
-def _text(field_name: str, value: bytes | None) -> dict[str, Any]:
-    if value is None:
-        return {field_name: None}
-    try:
-        text = value.decode()
-    except UnicodeDecodeError:
-        text = "\x00"
-    if "\x00" in text:
-        return {f"{field_name}_base64": base64.b64encode(value).decode()}
-    return {field_name: text}
