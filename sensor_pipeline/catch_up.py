@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from sensor_pipeline.backlog import TopicBacklog, read_backlog
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.errors import DataError, SensorPipelineError, UnavailableError
+from sensor_pipeline.kafka import Topic
 from sensor_pipeline.offsets import Batch, OffsetRange, lane_of, pause, plan
 from sensor_pipeline.postgres.transaction import Written
 
@@ -61,8 +62,14 @@ class CatchUp:
                     lambda lane, name=backlog.topic.name, ends=ends: self._lane(name, ends, lane), lanes
                 ):
                     problems += found
+            self._mirror(backlog.topic)
         if problems:
             raise DataError("not all was ingested: " + "; ".join(problems))
+
+    def _mirror(self, topic: Topic) -> None:
+        """Where a process was killed between the two commits of a last batch, no other batch would mend the mirror."""
+        anything = tuple(OffsetRange(partition, 0, 1) for partition in topic.partitions)
+        self._pipeline.commit(Batch(topic.name, topic.kafka_topic_id, anything))
 
     def _lane(self, name: str, ends: Mapping[int, int], lane: int) -> list[str]:
         """Ingest one lane of a topic; returns what is wrong with the partitions given up."""

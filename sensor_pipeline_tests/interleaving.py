@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from threading import Condition, Semaphore, Thread
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import pytest
 import sqlalchemy as sa
@@ -118,7 +118,7 @@ class Process:
     def _watch_database(self) -> None:
         database = self.pipeline.database
         original = database.begin
-        _processes[database._engine] = self
+        _processes[database._engine] = ref(self)
         sa.event.listen(database._engine, "before_cursor_execute", self._before_statement)
 
         @contextmanager
@@ -165,7 +165,8 @@ class Process:
         self.pipeline.detect = watched_detect  # type: ignore[method-assign]
 
 
-_processes: WeakKeyDictionary[sa.Engine, Process] = WeakKeyDictionary()
+# A process holds its engine: held from here too, none of them and of their clients would ever go.
+_processes: WeakKeyDictionary[sa.Engine, ReferenceType[Process]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -176,7 +177,9 @@ def watched_copies() -> Iterator[None]:
     def watched(connection: sa.Connection, **columns: Any) -> int:
         if len(columns["values"]):
             failing = columns.get("failure_id") is not None
-            _processes[connection.engine].before_copy(connection, len(columns["values"]), failing=failing)
+            process = _processes[connection.engine]()
+            assert process is not None
+            process.before_copy(connection, len(columns["values"]), failing=failing)
         return copy_readings(connection, **columns)
 
     with pytest.MonkeyPatch.context() as patch:

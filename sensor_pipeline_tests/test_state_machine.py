@@ -815,7 +815,7 @@ def test_whatever_happens_the_rows_are_the_oracles_after_every_step(shared_setti
             run_state_machine_as_test(
                 machine,
                 settings=hypothesis_settings(
-                    max_examples=amount(12, 200),
+                    max_examples=amount(12, 150),
                     stateful_step_count=25,
                     deadline=None,
                     suppress_health_check=list(HealthCheck),

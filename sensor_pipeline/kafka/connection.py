@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakMethod
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -63,7 +64,15 @@ class Connection:
             consumer.close()
 
     def _make(self, client: Callable[[dict[str, Any]], T], properties: Mapping[str, object]) -> T:
-        return make_client(client, self.servers, self._properties, properties, self._heard)
+        # Held weakly: clients that refer back to what holds them would stay, each with its threads, until the garbage
+        # collector comes by.
+        heard = WeakMethod(self._heard)
+
+        def on_error(error: KafkaError) -> None:
+            if method := heard():
+                method(error)
+
+        return make_client(client, self.servers, self._properties, properties, on_error)
 
     def _heard(self, error: KafkaError) -> None:
         """Librdkafka reconnects by itself behind this: what it said explains a time-out that follows.

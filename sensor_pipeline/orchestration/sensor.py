@@ -1,7 +1,7 @@
 """`backlog_sensor`: looks at offsets and launches batches. It never consumes, commits or carries a message."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -19,10 +19,19 @@ from dagster import (
     sensor,
 )
 
-from sensor_pipeline.backlog import read_backlog
+from sensor_pipeline.backlog import TopicBacklog, read_backlog
 from sensor_pipeline.errors import SensorPipelineError
 from sensor_pipeline.kafka import Kafka
-from sensor_pipeline.offsets import Batch, OffsetRange, PartitionBacklog, Planned, lane_of, plan
+from sensor_pipeline.offsets import (
+    Batch,
+    OffsetRange,
+    PartitionBacklog,
+    Planned,
+    contiguous_prefix,
+    lane_of,
+    pause,
+    plan,
+)
 from sensor_pipeline.orchestration import config
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.settings import BATCHES_IN_FLIGHT, Settings
@@ -60,6 +69,7 @@ def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
     """The sensor with these settings; it is on from the start."""
     kafka = Kafka(settings, timeout=_KAFKA_SECONDS)
     database = Database(settings)
+    mirror = MirrorWatch(kafka)
 
     @sensor(
         name="backlog_sensor",
@@ -75,7 +85,8 @@ def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
         said: list[str] = []
         for name in settings.kafka_topics:
             try:
-                planned, sentence = _plan_topic(settings, kafka, database, name, runs)
+                backlog = read_backlog(settings, kafka, database, name, register=True)
+                planned, sentence = _plan_topic(settings, backlog, runs, mirror)
             except SensorPipelineError as error:
                 # The other topics go on, and one line says what is wrong instead of a traceback.
                 said.append(str(error))
@@ -108,10 +119,32 @@ def read_runs(instance: DagsterInstance, job_name: str) -> Runs:
     )
 
 
+class MirrorWatch:
+    """Sees where the group's offsets stay behind the ledger and no batch is to come that would mend that.
+
+    So it is after a process was killed between the two commits of a partition's last batch.
+    """
+
+    def __init__(self, kafka: Kafka) -> None:
+        self._kafka = kafka
+        self._right: dict[str, Mapping[int, int]] = {}
+
+    def behind(self, backlog: TopicBacklog) -> tuple[OffsetRange, ...]:
+        """For each such partition its last ingested offset; Kafka is asked once for each state of the ledger."""
+        topic = backlog.topic
+        prefixes = {p.partition: contiguous_prefix(p.ingested) for p in backlog.partitions}
+        if self._right.get(topic.kafka_topic_id) == prefixes:
+            return ()
+        committed = self._kafka.committed_offsets(topic)
+        behind = [p for p, offset in prefixes.items() if offset and committed.get(p) != offset]
+        if not behind:
+            self._right[topic.kafka_topic_id] = prefixes
+        return tuple(OffsetRange(p, prefixes[p] - 1, prefixes[p]) for p in behind)
+
+
 def _plan_topic(
-    settings: Settings, kafka: Kafka, database: Database, name: str, runs: Runs
+    settings: Settings, backlog: TopicBacklog, runs: Runs, mirror: MirrorWatch
 ) -> tuple[list[RunRequest], str]:
-    backlog = read_backlog(settings, kafka, database, name, register=True)
     topic = backlog.topic
     mine = [batch for batch in runs.in_flight if batch.kafka_topic_id == topic.kafka_topic_id]
     failed = [(batch, ended) for batch, ended in runs.failed if batch.kafka_topic_id == topic.kafka_topic_id]
@@ -124,10 +157,18 @@ def _plan_topic(
         in_flight=busy,
         now=datetime.now(UTC),
     )
-    requests = [_request(Batch(topic.name, topic.kafka_topic_id, p.ranges), p) for p in result.batches]
+    planned, waiting = list(result.batches), list(result.waiting)
+    if not backlog.lag and not mine and (behind := mirror.behind(backlog)):
+        tries = [ended for batch, ended in failed if set(batch.ranges) & set(behind)]
+        if tries and max(tries) + pause(len(tries)) > datetime.now(UTC):
+            waiting.append("the group's offsets are behind the ledger, and mending them has failed just now")
+        else:
+            waiting.append("the group's offsets are behind the ledger, and are mended")
+            planned.append(Planned(lane_of(behind[0].partition, settings.lanes), behind))
+    requests = [_request(Batch(topic.name, topic.kafka_topic_id, p.ranges), p) for p in planned]
     launched = f"{len(requests)} batches launched" if requests else "nothing to launch"
     return requests, "; ".join(
-        [f"topic {name}: lag {backlog.lag:,}, {len(mine)} in flight, {launched}", *result.waiting]
+        [f"topic {topic.name}: lag {backlog.lag:,}, {len(mine)} in flight, {launched}", *waiting]
     )
 
 

@@ -36,7 +36,13 @@ from sensor_pipeline.postgres.episodes import FailureEvent, settle
 from sensor_pipeline.postgres.refused import Refused, RowsRefusedError, insert
 from sensor_pipeline.postgres.rejected import add_rejected
 
-_SETTINGS = sa.text("SET LOCAL jit = off")
+# A process that stands still (suspended, on a frozen host) may keep its locks no longer than a run may take; where the
+# server has a limit of its own, that one holds.
+_SETTINGS = sa.text("""
+    SET LOCAL jit = off;
+    SELECT set_config('idle_in_transaction_session_timeout', '5min', true)
+    WHERE current_setting('idle_in_transaction_session_timeout') = '0'
+""")
 _ADD_BATCH = sa.text("""
     INSERT INTO batches
         (topic_id, ranges, dagster_run_id, drained, inserted, already_ingested, rejected, no_record,

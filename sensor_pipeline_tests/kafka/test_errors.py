@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -193,3 +194,23 @@ def test_an_answer_that_never_comes_is_a_server_that_is_down(settings: Settings)
 
     with pytest.raises(UnavailableError, match="did not answer for topic t"):
         Kafka(settings).ask(silent, "t")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux lists them")
+def test_a_connection_that_is_given_up_takes_its_threads_with_it(settings: Settings) -> None:
+    """`up` looks at the backlog every two seconds, for weeks."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = threads()
+    gc.disable()
+    try:
+        for _ in range(5):
+            kafka = Kafka(settings)
+            kafka.committed_offsets(kafka.topic(settings.kafka_topics[0]))
+        assert threads() > before
+        del kafka
+        assert threads() <= before
+    finally:
+        gc.enable()

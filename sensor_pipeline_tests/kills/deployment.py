@@ -25,7 +25,7 @@ CODE_SERVER, DAEMON, WEB_SERVER, RUN = "code server", "daemon", "web server", "r
 _SHORTER = {
     "poll_interval_seconds: 30": "poll_interval_seconds: 1",
     "start_timeout_seconds: 120": "start_timeout_seconds: 30",
-    "max_runtime_seconds: 900": "max_runtime_seconds: {max_runtime}",
+    "max_runtime_seconds: 300": "max_runtime_seconds: {max_runtime}",
 }
 
 
@@ -69,7 +69,7 @@ class Deployment:
         while not (result := found()):
             self.tend()
             assert time.monotonic() < deadline, f"never: {what}\nruns: {self.runs()}\n{self._logs()}"
-            time.sleep(0.1)
+            time.sleep(0.5)
         return result
 
     def kill(self, name: str) -> None:

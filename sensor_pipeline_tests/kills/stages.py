@@ -80,7 +80,10 @@ class StagedPipeline(Pipeline):
             if stage == Stage.DATABASE_COMMIT:  # the planning's own, not in a lane
                 yield
                 return
-            _LANE.place = next(self._lanes)
+            _LANE.place = next(self._lanes, None)
+        if _LANE.place is None:  # the last look at the mirror, after all lanes
+            yield
+            return
         before = self._shown[_LANE.place]
         if only_in is None or before == only_in:
             self._shown[_LANE.place] = stage

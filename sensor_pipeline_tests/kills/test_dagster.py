@@ -12,10 +12,11 @@ import pytest
 
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.acceptance.test_three_ways import dagster_database, lag
+from sensor_pipeline_tests.kafka.producing import group_offsets
 from sensor_pipeline_tests.kills import victim
 from sensor_pipeline_tests.kills.deployment import CODE_SERVER, DAEMON, RUN, WEB_SERVER, deployed
-from sensor_pipeline_tests.kills.test_points import check_end
-from sensor_pipeline_tests.kills.test_random import publish_fleet, publish_one_each
+from sensor_pipeline_tests.kills.test_points import check_end, prefixes
+from sensor_pipeline_tests.kills.test_random import publish_fleet
 from sensor_pipeline_tests.postgres.tables import every_row, other_session, sessions
 from sensor_pipeline_tests.publishing import Publisher
 from sensor_pipeline_tests.soak import amount
@@ -53,8 +54,8 @@ def test_a_backlog_is_ingested_whichever_of_dagsters_processes_are_killed_meanwh
             deployment.wait_for(
                 "another run", lambda before=before: len(deployment.runs()) > before or not lag(settings)
             )
-        publish_one_each(publisher)
         deployment.wait_for("no lag", lambda: not lag(settings))
+        deployment.wait_for("the group where the ledger is", lambda: group_offsets(settings) == prefixes(settings))
         deployment.wait_for("an end of all runs", lambda: set(deployment.runs().values()) <= {"SUCCESS", "FAILURE"})
         runs = Counter(deployment.runs().values())
     print(f"seed {seed}: killed {KILLED} over {len(publisher.published)} messages; runs: {dict(runs)}")

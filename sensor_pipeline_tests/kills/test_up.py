@@ -49,7 +49,7 @@ class Stack(Folder):
         while not condition():
             assert deadline, (self.path / "out.txt").read_text()[-3000:]
             assert self.ups[-1].poll() is None, (self.path / "out.txt").read_text()[-3000:]
-            time.sleep(0.1)
+            time.sleep(0.5)
 
     def started(self, name: str) -> list[psutil.Process]:
         """Its processes of a service, without what they started; or those of runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from dagster import (
@@ -20,7 +21,9 @@ from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.orchestration.config import of_run, to_run_config
 from sensor_pipeline.orchestration.job import build_job
 from sensor_pipeline.orchestration.sensor import LANE_TAG, RANGES_TAG, build_sensor
+from sensor_pipeline.postgres.transaction import Origin
 from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.kafka.producing import group_offsets
 from sensor_pipeline_tests.oracle import expected, stored
 from sensor_pipeline_tests.publishing import Publisher, message
 
@@ -101,6 +104,34 @@ def test_a_failed_batch_is_planned_again_after_a_pause_one_partition_at_a_time(
     requests, said = tick(settings, instance)
     assert requests == []
     assert "failed and is tried again at" in said
+
+
+def test_a_mirror_that_a_killed_run_left_behind_is_mended_though_nothing_more_comes(
+    settings: Settings, instance: DagsterInstance, pipeline: Pipeline
+) -> None:
+    published = publish(settings, 40).published
+    (request,) = tick(settings, instance)[0]
+    batch = of_run(request.run_config)
+    assert batch is not None
+    drained = pipeline.drain(batch)
+    pipeline.write(batch, drained, pipeline.detect(drained), Origin(datetime.now(UTC)))
+    assert group_offsets(settings) == {}
+
+    (request,) = tick(settings, instance)[0]
+    record(instance, settings, request, DagsterRunStatus.STARTED)
+    assert tick(settings, instance)[0] == []
+    instance.delete_run(instance.get_runs()[0].run_id)
+    record(instance, settings, request, DagsterRunStatus.FAILURE)
+    assert tick(settings, instance) == ([], f"{IDLE.format(settings.kafka_topics[0])}; {BEHIND}")
+    instance.delete_run(instance.get_runs()[0].run_id)
+    assert build_job(settings).execute_in_process(request.run_config, instance=instance).success
+    assert group_offsets(settings) == dict.fromkeys(range(4), 10)
+    assert tick(settings, instance)[0] == []
+    assert stored(settings) == expected(published)
+
+
+IDLE = "topic {}: lag 0, 0 in flight, nothing to launch"
+BEHIND = "the group's offsets are behind the ledger, and mending them has failed just now"
 
 
 def test_a_partition_with_a_gap_is_planned_alone(
