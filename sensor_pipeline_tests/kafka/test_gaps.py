@@ -28,7 +28,7 @@ from sensor_pipeline_tests.kafka.inspecting import (
     slow_reader,
     totals,
 )
-from sensor_pipeline_tests.kafka.producing import Publisher, delete_records
+from sensor_pipeline_tests.kafka.producing import Publisher, delete_records, recreate_topic
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -107,6 +107,21 @@ def test_an_accepted_gap_is_recorded_and_ingestion_goes_on_after_it(pipeline: Pi
     catch_up(pipeline)
     check_rows(pipeline.settings, [m for m in publisher.published if m.partition != 1 or m.offset not in range(2, 6)])
     assert backlog(pipeline).lag == 0
+
+
+def test_a_gap_of_a_topic_created_again_can_be_accepted_before_any_batch_of_it(pipeline: Pipeline) -> None:
+    old = known_topic(pipeline)
+    recreate_topic(pipeline.settings, old.topic)
+    publisher = Publisher(pipeline.settings)
+    publisher.readings({1: 5})
+    delete_records(pipeline.settings, publisher.topic, {1: 3})
+
+    result = accept(pipeline.settings, 1, "--reason", "it was created too late", "--yes")
+
+    assert result.exit_code == 0, result.output
+    assert accepted_gaps(pipeline.settings) == [(1, 0, 3)]
+    catch_up(pipeline)
+    check_rows(pipeline.settings, [*old.published, *publisher.published[3:]])
 
 
 def test_a_gap_among_ranges_ingested_out_of_order_is_named_without_what_was_ingested(pipeline: Pipeline) -> None:
