@@ -24,6 +24,7 @@ from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.transaction import Origin, Written
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.oracle import Published, expected, failure_ids, stored
+from sensor_pipeline_tests.soak import amount
 
 BASE = datetime(2026, 1, 31, 23, 59, 50, tzinfo=UTC)
 _numbers = itertools.count(1)
@@ -122,7 +123,8 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-@hypothesis_settings(max_examples=60, **_SETTINGS)
+@pytest.mark.soak
+@hypothesis_settings(max_examples=amount(60, 1_000), **_SETTINGS)
 @given(history=histories(), two_topics=st.booleans())
 def test_rows_equal_the_oracle_after_every_batch(
     shared_settings: Settings, history: tuple[list[Any], list[tuple[int, int, int]]], two_topics: bool
@@ -130,7 +132,8 @@ def test_rows_equal_the_oracle_after_every_batch(
     check_history(shared_settings, *history, two_topics)
 
 
-@hypothesis_settings(max_examples=100, **_SETTINGS)
+@pytest.mark.soak
+@hypothesis_settings(max_examples=amount(100, 1_500), **_SETTINGS)
 @given(random=st.randoms(use_true_random=True), two_topics=st.booleans())
 def test_rows_equal_the_oracle_after_every_batch_of_a_long_history(
     shared_settings: Settings, random: Random, two_topics: bool

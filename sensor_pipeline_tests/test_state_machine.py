@@ -492,9 +492,12 @@ class AnyHistory(RuleBasedStateMachine):
         fresh=many_messages,
         lane=st.integers(0, PARTITIONS - 1),
         lengths=turn_lengths,
+        gather=st.sampled_from([Kind.DETECTED, Kind.COPY, Kind.COPY]),
         death=some_deaths,
     )
-    def run_two_lanes_at_once(self, fresh: list[Drawn], lane: int, lengths: list[int], death: Death | None) -> None:
+    def run_two_lanes_at_once(
+        self, fresh: list[Drawn], lane: int, lengths: list[int], gather: Kind, death: Death | None
+    ) -> None:
         """All that is left of one partition, and all that is left of the others."""
         with self.step("two lanes at once"):
             self.publish_all(self.render(fresh), self.topic.publisher)
@@ -502,7 +505,7 @@ class AnyHistory(RuleBasedStateMachine):
             batches = [
                 self.make_batch([span for span in left if (span.partition == lane) == mine]) for mine in (True, False)
             ]
-            self.run_together([batch for batch in batches if batch], lengths, Kind.DETECTED, death)
+            self.run_together([batch for batch in batches if batch], lengths, gather, death)
 
     @rule(
         fresh=many_messages,
