@@ -502,3 +502,26 @@ def test_no_stored_reading_is_read_for_machines_that_are_new_or_whose_readings_c
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
     assert stored(database_settings) == want(log)
+
+
+@pytest.mark.parametrize(("set_on_the_server", "limit"), [("0", "5min"), ("2h", "2h"), ("20s", "20s")])
+def test_a_session_may_stand_still_for_five_minutes_or_as_long_as_the_server_says(
+    database_settings: Settings, administer: Callable[[str], None], set_on_the_server: str, limit: str
+) -> None:
+    name = database_settings.postgres_db
+    administer(f"ALTER DATABASE {name} SET idle_in_transaction_session_timeout = '{set_on_the_server}'")
+    log = Log(database_settings, "t", "t-id")
+    log.publish(0, message("m", 1, True))
+    seen: list[str] = []
+
+    def look(connection: sa.Connection) -> None:
+        cursor = connection.connection.cursor()
+        cursor.execute("SHOW idle_in_transaction_session_timeout")
+        seen.append(cursor.fetchone()[0])
+
+    sa.event.listen(sa.Engine, "commit", look)
+    try:
+        ingest_once(database_settings, log)
+    finally:
+        sa.event.remove(sa.Engine, "commit", look)
+    assert seen[-1] == limit
