@@ -33,17 +33,18 @@ COMMAND = [sys.executable, "-m", "sensor_pipeline"]
 class Folder:
     """A working folder in which `up` is typed."""
 
+    patience_seconds = 60.0
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data_dir = path / stack_file.DATA_DIR
         self.ups: list[subprocess.Popen[bytes]] = []
 
-    def up(self) -> subprocess.Popen[bytes]:
-        """Start it and return once it is ready."""
-        arguments = ["up", "--no-ui", "--machines", "5", "--rate", "100"]
-        output = (self.path / "out.txt").open("ab")
-        with output:
-            up = subprocess.Popen([*COMMAND, *arguments], cwd=self.path, env=CLEAN_ENV, stdout=output, stderr=output)
+    def up(self, *options: str) -> subprocess.Popen[bytes]:
+        """Start it with a small fleet and return once it is ready."""
+        command = [*COMMAND, "up", "--machines", "5", "--rate", "100", *options]
+        with (self.path / "out.txt").open("ab") as output:
+            up = subprocess.Popen(command, cwd=self.path, env=CLEAN_ENV, stdout=output, stderr=output)
         self.ups.append(up)
         self.wait_for(lambda: stack_file.running(self.data_dir) is not None)
         return up
@@ -52,8 +53,8 @@ class Folder:
         """Run another command in it."""
         return subprocess.run([*COMMAND, *arguments], cwd=self.path, env=CLEAN_ENV, text=True, capture_output=True)
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = Deadline(60)
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        deadline = Deadline(self.patience_seconds)
         while not condition():
             assert deadline, (self.path / "out.txt").read_text()
             assert self.ups[-1].poll() is None, (self.path / "out.txt").read_text()
@@ -110,7 +111,7 @@ def published(settings: Settings) -> int:
 def test_a_killed_stack_is_mended_by_the_next_up_goes_on_with_its_data_and_leaves_nothing_when_stopped(
     folder: Folder,
 ) -> None:
-    first = folder.up()
+    first = folder.up("--no-ui")
 
     second = folder.run("up")
     assert second.returncode == 1
@@ -134,7 +135,7 @@ def test_a_killed_stack_is_mended_by_the_next_up_goes_on_with_its_data_and_leave
     assert orphans
     assert stack_file.running_stack(folder.path, {}) is None
 
-    up = folder.up()
+    up = folder.up("--no-ui")
 
     assert not set(orphans) & set(folder.processes())
     settings = folder.settings()

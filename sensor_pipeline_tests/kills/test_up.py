@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +11,13 @@ import psutil
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from sensor_pipeline.embedded import services, stack_file
-from sensor_pipeline.embedded.processes import Deadline, marked
+from sensor_pipeline.embedded import services
+from sensor_pipeline.embedded.processes import marked
 from sensor_pipeline.embedded.services import CODE_SERVER, DAEMON, WEBSERVER
 from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.acceptance.test_three_ways import lag
-from sensor_pipeline_tests.embedded.test_stack import CLEAN_ENV, COMMAND, Folder
+from sensor_pipeline_tests.embedded.test_stack import Folder
 from sensor_pipeline_tests.kafka.inspecting import check_rows, query
 from sensor_pipeline_tests.oracle import Published
 from sensor_pipeline_tests.postgres.tables import other_session, sessions
@@ -35,21 +33,8 @@ KILLED = amount(
 class Stack(Folder):
     """A folder in which `up` is typed, with what it started within reach."""
 
-    def up(self, *arguments: str) -> subprocess.Popen[bytes]:
-        with (self.path / "out.txt").open("ab") as output:
-            command = [*COMMAND, "up", *arguments]
-            up = subprocess.Popen(command, cwd=self.path, env=CLEAN_ENV, stdout=output, stderr=output)
-        self.ups.append(up)
-        self.wait_for(lambda: stack_file.running(self.data_dir) is not None, seconds=120)
-        return up
-
-    def wait_for(self, condition: object, *, seconds: float = 400) -> None:
-        assert callable(condition)
-        deadline = Deadline(seconds)
-        while not condition():
-            assert deadline, (self.path / "out.txt").read_text()[-3000:]
-            assert self.ups[-1].poll() is None, (self.path / "out.txt").read_text()[-3000:]
-            time.sleep(0.5)
+    # Each of Dagster's processes takes its time to start, and a run comes after all of them.
+    patience_seconds = 400.0
 
     def started(self, name: str) -> list[psutil.Process]:
         """Its processes of a service, without what they started; or those of runs."""
@@ -100,7 +85,7 @@ def published(settings: Settings) -> list[Published]:
 
 @pytest.mark.soak
 def test_what_up_started_is_started_again_when_it_is_killed_and_a_killed_up_by_the_next_one(stack: Stack) -> None:
-    up = stack.up("--machines", "5", "--rate", "100")
+    up = stack.up()
     stack.wait_for(lambda: stack.batches() > 0)
     for names in KILLED:
         before = stack.batches()
