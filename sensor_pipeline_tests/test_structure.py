@@ -26,14 +26,15 @@ FLOORS = [
     ["batch"],
     ["catch_up"],
     ["embedded", "orchestration"],
+    ["bench"],
     ["cli"],
     ["__main__"],
 ]
 # Only these may speak to the outside.
 OWNERS = {
-    "confluent_kafka": {"kafka", "publish", "embedded"},
+    "confluent_kafka": {"kafka", "publish", "embedded", "bench"},
     "sqlalchemy": {"postgres", "cli"},
-    "psycopg2": {"postgres", "embedded"},
+    "psycopg2": {"postgres", "embedded", "bench"},
     "dagster": {"orchestration", "cli", "embedded"},
     "alembic": {"postgres"},
 }
@@ -82,7 +83,7 @@ def test_only_the_definitions_and_the_command_line_read_the_environment() -> Non
     readers = {
         str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if re.search(r"os\.environ|getenv", p.read_text())
     }
-    assert {r for r in readers if not r.startswith(("embedded/", "cli/"))} == {"orchestration/definitions.py"}
+    assert {r for r in readers if not r.startswith(("embedded/", "cli/", "bench/"))} == {"orchestration/definitions.py"}
 
 
 @pytest.mark.parametrize("variable", sorted([*_VARIABLES, "KAFKA_CLIENT_<PROPERTY>"]))

@@ -23,6 +23,7 @@ _COMMANDS = {
     "accept-gap": "accept_gap",
     "verify": "verify",
     "recompute": "recompute",
+    "bench": "bench",
 }
 
 

@@ -122,28 +122,9 @@ class KafkaBroker:
         Raises:
             UnavailableError: the broker does not answer or refuses.
         """
-        from confluent_kafka import KafkaError, KafkaException
-        from confluent_kafka.cimpl import NewTopic
+        from sensor_pipeline.embedded.topics import create_topic
 
-        admin = self._admin()  # its requests end with it, so it has to outlive the answer
-        created = admin.create_topics([NewTopic(name, partitions, 1)], operation_timeout=30)
-        try:
-            created[name].result()
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
-                return False
-            raise UnavailableError(f"cannot create topic {name} on {self.bootstrap_servers}: {error}") from error
-        deadline = Deadline(START_SECONDS)
-        while not self._leads(admin, name, partitions):
-            if not deadline.left:
-                raise UnavailableError(f"topic {name} on {self.bootstrap_servers} has no leader; see {self.log}")
-            time.sleep(POLL_SECONDS)
-        return True
-
-    def _leads(self, admin: Any, name: str, partitions: int) -> bool:
-        """Whether the broker leads all of a topic's partitions: it is created before it is known."""
-        known = admin.list_topics(name, timeout=10).topics[name].partitions
-        return len(known) == partitions and all(p.leader >= 0 for p in known.values())
+        return create_topic(self.bootstrap_servers, name, partitions)
 
     @property
     def _mark(self) -> str:
