@@ -19,6 +19,7 @@ PACKAGE = ROOT / "sensor_pipeline"
 FLOORS = [
     ["errors"],
     ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv"],
+    ["plain"],
     ["messages"],
     ["drained"],
     ["kafka", "postgres"],

@@ -19,9 +19,9 @@ from sensor_pipeline.offsets import Batch, OffsetRange, hull, intersect, total
 if TYPE_CHECKING:
     from sensor_pipeline.kafka.cluster import Kafka, Topic
 
-# Large enough that the work in Python for each chunk is lost among that for each message, small enough that a
-# chunk's Message objects (about 1 kB each) do not count.
-_CHUNK_MESSAGES = 5_000
+# Large enough that the work in Python for each chunk is lost among that for each message, small enough that what is
+# made of a chunk's bytes stays in the processor's cache: decoding takes 1.8 us a message, and 2.4 in chunks of 5,000.
+_CHUNK_MESSAGES = 2_000
 # How long the drain waits for a full chunk: a batch's last messages wait that long where offsets hold no record.
 _POLL_SECONDS = 0.1
 
