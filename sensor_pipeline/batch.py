@@ -56,6 +56,15 @@ class Stopwatch:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A batch that was drained and in which failures were found; nothing of it is written yet."""
+
+    drained: Drained
+    detected: pd.DataFrame
+    origin: Origin
+
+
 class Pipeline:
     """What a batch needs, whoever runs it: Dagster's ops, `catch-up`, a test.
 
@@ -67,21 +76,29 @@ class Pipeline:
     def __init__(self, settings: Settings, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.settings = settings
         self.kafka = Kafka(settings)
-        self.database = Database(settings)
+        self.database = Database(settings, keep_connections=True)
         self._decoder = MessageDecoder(settings.max_future, settings.naive_timestamp_tz, settings.max_message_bytes)
         self._sleep = sleep
 
-    def run(self, batch: Batch, *, dagster_run_id: str | None = None) -> Written:
+    def run(self, batch: Batch) -> Written:
         """All four steps."""
+        written = self.store(batch, self.prepare(batch))
+        self.commit(batch)
+        return written
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """The two steps that only read: another batch may be written meanwhile."""
         stopwatch = Stopwatch()
         started_at = datetime.now(UTC)
         with stopwatch.stage("drain"):
             drained = self.drain(batch)
         with stopwatch.stage("detect"):
             detected = self.detect(drained)
-        written = self.write(batch, drained, detected, Origin(started_at, dagster_run_id, stopwatch.seconds))
-        self.commit(batch)
-        return written
+        return Prepared(drained, detected, Origin(started_at, timings=stopwatch.seconds))
+
+    def store(self, batch: Batch, prepared: Prepared) -> Written:
+        """The step that makes it durable; `commit` may then be done at any time."""
+        return self.write(batch, prepared.drained, prepared.detected, prepared.origin)
 
     def drain(self, batch: Batch) -> Drained:
         """Read what the ledger does not hold of the batch; nothing is read where it holds all.

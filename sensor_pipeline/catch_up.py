@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from sensor_pipeline.backlog import TopicBacklog, read_backlog
-from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.batch import Pipeline, Prepared
 from sensor_pipeline.errors import DataError, SensorPipelineError, UnavailableError
 from sensor_pipeline.kafka import Topic
-from sensor_pipeline.offsets import Batch, OffsetRange, lane_of, pause, plan
+from sensor_pipeline.offsets import Batch, OffsetRange, PartitionBacklog, lane_of, pause, plan
 from sensor_pipeline.postgres.transaction import Written
 
+log = logging.getLogger(__name__)
+
+# Of a lane: the one that is written, and the one that is drained.
+_BATCHES_HELD = 2
+# A lane's first batch is this many times smaller than its largest.
+_RAMP = 4
 # A partition whose batch failed is tried again, alone, this often.
 TRIES = 3
 
@@ -55,13 +62,19 @@ class CatchUp:
         problems: list[str] = []
         for backlog in backlogs:
             problems += [f"topic {backlog.topic.name} {said}" for p in backlog.partitions if (said := p.cut_off)]
-            ends = {p.partition: p.end for p in backlog.partitions}
-            lanes = range(self._pipeline.settings.lanes)
+            lanes = [
+                _Lane(self._pipeline, self._on_batch, self._sleep, backlog, lane)
+                for lane in range(self._pipeline.settings.lanes)
+            ]
             with ThreadPoolExecutor(len(lanes), "lane") as pool:
-                for found in pool.map(
-                    lambda lane, name=backlog.topic.name, ends=ends: self._lane(name, ends, lane), lanes
-                ):
-                    problems += found
+                try:
+                    for found in pool.map(_Lane.run, lanes):
+                        problems += found
+                except BaseException:
+                    # Also Ctrl-C: the pool waits for its threads, and they for no more than their batches in flight.
+                    for lane in lanes:
+                        lane.stop()
+                    raise
             self._mirror(backlog.topic)
         if problems:
             raise DataError("not all was ingested: " + "; ".join(problems))
@@ -71,64 +84,115 @@ class CatchUp:
         anything = tuple(OffsetRange(partition, 0, 1) for partition in topic.partitions)
         self._pipeline.commit(Batch(topic.name, topic.kafka_topic_id, anything))
 
-    def _lane(self, name: str, ends: Mapping[int, int], lane: int) -> list[str]:
-        """Ingest one lane of a topic; returns what is wrong with the partitions given up."""
-        failed: list[tuple[OffsetRange, datetime]] = []
-        given_up: dict[int, str] = {}
-        for batch in self._batches(name, ends, lane, failed, given_up):
-            try:
-                written = self._pipeline.run(batch)
-            except (DataError, UnavailableError) as error:
-                self._note(batch, error, failed, given_up)
-            else:
-                failed[:] = [f for f in failed if f[0].partition not in batch.partitions]
-                self._on_batch(batch, written)
-        return list(given_up.values())
 
-    def _batches(
+class _Lane:
+    """One lane of a topic, batch after batch: while one is written the next is drained, on another processor.
+
+    Together they hold at most BATCH_SIZE messages. The first is small, since nothing is written while it is drained,
+    and each is twice as large as the one before it.
+    Offsets are committed behind the lane's back: they only mirror what is durable.
+    """
+
+    def __init__(
         self,
-        name: str,
-        ends: Mapping[int, int],
+        pipeline: Pipeline,
+        on_batch: Callable[[Batch, Written], None],
+        sleep: Callable[[float], None],
+        backlog: TopicBacklog,
         lane: int,
-        failed: Sequence[tuple[OffsetRange, datetime]],
-        given_up: Mapping[int, str],
-    ) -> Iterator[Batch]:
-        p = self._pipeline
-        while True:
-            backlog = read_backlog(p.settings, p.kafka, p.database, name, register=True)
-            partitions = [
-                replace(
-                    b,
-                    # What comes later is left alone, as if another run had it.
-                    in_flight=(OffsetRange(b.partition, min(ends.get(b.partition, 0), b.end), b.end),),
-                    failed=tuple(f for f in failed if f[0].partition == b.partition),
-                )
-                for b in backlog.partitions
-                if lane_of(b.partition, p.settings.lanes) == lane and b.partition not in given_up
-            ]
-            planned = plan(
-                partitions,
-                lanes=p.settings.lanes,
-                batch_size=p.settings.batch_size,
-                in_flight_limit=1,
-                in_flight={},
-                # Nothing else runs in this lane meanwhile, so that the pauses are made here (`_note`).
-                now=datetime.now(UTC) + timedelta(days=1),
-            )
-            if not planned.batches:
-                return
-            yield Batch(name, backlog.topic.kafka_topic_id, planned.batches[0].ranges)
-
-    def _note(
-        self,
-        batch: Batch,
-        error: SensorPipelineError,
-        failed: list[tuple[OffsetRange, datetime]],
-        given_up: dict[int, str],
     ) -> None:
-        failed += [(r, datetime.now(UTC)) for r in batch.ranges]
-        tries = Counter(r.partition for r, _ in failed)[batch.ranges[0].partition]
+        self._pipeline = pipeline
+        self._on_batch = on_batch
+        self._sleep = sleep
+        self._name = backlog.topic.name
+        self._ends = {p.partition: p.end for p in backlog.partitions}
+        self._lane = lane
+        self._most = max(1, pipeline.settings.batch_size // _BATCHES_HELD)
+        self._size = max(1, self._most // _RAMP)
+        self._failed: list[tuple[OffsetRange, datetime]] = []
+        self._given_up: dict[int, str] = {}
+        self._ahead: deque[tuple[Batch, Future[Prepared]]] = deque()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Plan no further batch."""
+        self._stopped = True
+
+    def run(self) -> list[str]:
+        """Ingest the lane; returns what is wrong with the partitions given up."""
+        with ThreadPoolExecutor(1, "drain") as drain, ThreadPoolExecutor(1, "commit") as commit:
+            committed: Future[None] | None = None
+            self._look_ahead(drain)
+            while self._ahead:
+                stored = self._store_next()
+                self._look_ahead(drain)
+                if stored:
+                    if committed:
+                        committed.result()
+                    committed = commit.submit(self._commit, stored)
+        return list(self._given_up.values())
+
+    def _store_next(self) -> Batch | None:
+        """Write the batch that was drained first, which is gone from memory after it; returns it if that worked."""
+        batch, prepared = self._ahead.popleft()
+        try:
+            written = self._pipeline.store(batch, prepared.result())
+        except (DataError, UnavailableError) as error:
+            self._note(batch, error)
+            return None
+        self._failed = [f for f in self._failed if f[0].partition not in batch.partitions]
+        self._on_batch(batch, written)
+        return batch
+
+    def _look_ahead(self, drain: ThreadPoolExecutor) -> None:
+        while len(self._ahead) < _BATCHES_HELD and not self._stopped and (batch := self._plan()):
+            self._ahead.append((batch, drain.submit(self._pipeline.prepare, batch)))
+            self._size = min(2 * self._size, self._most)
+
+    def _plan(self) -> Batch | None:
+        """The next batch, if anything is left."""
+        p = self._pipeline
+        backlog = read_backlog(p.settings, p.kafka, p.database, self._name, register=True)
+        mine = [
+            left
+            for b in backlog.partitions
+            if lane_of(b.partition, p.settings.lanes) == self._lane and b.partition not in self._given_up
+            if (left := self._as_left(b))
+        ]
+        planned = plan(
+            mine,
+            lanes=p.settings.lanes,
+            # A batch that a gap will fail is planned at full size, so that it names all that is lost.
+            batch_size=p.settings.batch_size if any(b.gap for b in mine) else self._size,
+            in_flight_limit=1,
+            in_flight={},
+            # Nothing else runs in this lane meanwhile, so that the pauses are made here (`_note`).
+            now=datetime.now(UTC) + timedelta(days=1),
+        )
+        return Batch(self._name, backlog.topic.kafka_topic_id, planned.batches[0].ranges) if planned.batches else None
+
+    def _as_left(self, backlog: PartitionBacklog) -> PartitionBacklog | None:
+        """A partition as this lane sees it; None while a batch of it is ahead that may fail."""
+        ahead = tuple(r for batch, _ in self._ahead for r in batch.ranges if r.partition == backlog.partition)
+        failed = tuple(f for f in self._failed if f[0].partition == backlog.partition)
+        if ahead and (backlog.gap or failed):
+            return None
+        # What comes later is left alone, as if another run had it.
+        end = min(self._ends.get(backlog.partition, 0), backlog.end)
+        later = OffsetRange(backlog.partition, end, backlog.end)
+        return replace(backlog, in_flight=(*ahead, later), failed=failed)
+
+    def _commit(self, batch: Batch) -> None:
+        try:
+            self._pipeline.commit(batch)
+        except UnavailableError as error:
+            # `CatchUp` mirrors the whole topic at the end, and says so if that fails too.
+            log.warning("offsets of batch %s are not committed yet: %s", batch, error)
+
+    def _note(self, batch: Batch, error: SensorPipelineError) -> None:
+        self._failed += [(r, datetime.now(UTC)) for r in batch.ranges]
+        tries = Counter(r.partition for r, _ in self._failed)[batch.ranges[0].partition]
         if len(batch.ranges) == 1 and (isinstance(error, DataError) or tries > TRIES):
-            given_up[batch.ranges[0].partition] = str(error)
+            self._given_up[batch.ranges[0].partition] = str(error)
         elif isinstance(error, UnavailableError):
             self._sleep(pause(tries).total_seconds())

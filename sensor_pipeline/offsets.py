@@ -207,6 +207,7 @@ def plan(
     in_flight_limit: int,
     in_flight: Mapping[int, int],
     now: datetime,
+    planned_limit: int = 0,
 ) -> Plan:
     """Plan one topic's next batches.
 
@@ -214,9 +215,10 @@ def plan(
         backlogs: one for each partition.
         lanes: how many lanes there are.
         batch_size: the most offsets in a batch.
-        in_flight_limit: the most batches of a lane that are launched and not ended.
-        in_flight: for each lane, how many batches are launched and not ended.
+        in_flight_limit: the most batches of a lane that are planned and not ended.
+        in_flight: for each lane, how many batches are planned and not ended.
         now: the time against which pauses are measured.
+        planned_limit: the same limit for batches that are full; what is less than a batch grows while it waits.
     """
     batches: list[Planned] = []
     waiting: list[str] = []
@@ -224,21 +226,28 @@ def plan(
     sound = [backlog for backlog in backlogs if not backlog.cut_off]
     for lane in range(lanes):
         mine = [backlog for backlog in sound if lane_of(backlog.partition, lanes) == lane]
-        slots = in_flight_limit - in_flight.get(lane, 0)
+        busy = in_flight.get(lane, 0)
+        slots = in_flight_limit - busy
         if slots <= 0 and any(backlog.next_range for backlog in mine):
-            waiting.append(f"lane {lane} has {in_flight_limit} batches in flight")
-        batches += [Planned(lane, ranges) for ranges in _plan_lane(mine, slots, batch_size, now, waiting)]
+            waiting.append(f"lane {lane} has {busy} batches in flight")
+        full_slots = max(in_flight_limit, planned_limit) - busy
+        batches += [Planned(lane, ranges) for ranges in _plan_lane(mine, slots, full_slots, batch_size, now, waiting)]
     return Plan(tuple(batches), tuple(waiting))
 
 
 def _plan_lane(
-    backlogs: Sequence[PartitionBacklog], slots: int, batch_size: int, now: datetime, waiting: list[str]
+    backlogs: Sequence[PartitionBacklog],
+    slots: int,
+    full_slots: int,
+    batch_size: int,
+    now: datetime,
+    waiting: list[str],
 ) -> list[tuple[OffsetRange, ...]]:
     together = [b for b in backlogs if not b.gap and b.retry_at() is None]
     # A partition with a gap or a failed batch holds up no other: it is tried alone, in a slot of its own.
     alone = [b for b in backlogs if b not in together and _may_be_tried(b, now, waiting)]
     planned: list[tuple[OffsetRange, ...]] = []
-    while len(planned) < slots:
+    while len(planned) < full_slots:
         last_slot = len(planned) == slots - 1
         if alone and (last_slot or not any(b.next_range for b in together)):
             # Half as large after each try: it may be its size that it failed for.
@@ -246,7 +255,7 @@ def _plan_lane(
             ranges = _fill([tried.next_range], max(1, batch_size >> len(tried.tries)))
         else:
             ranges = _fill([b.next_range for b in together], batch_size)
-        if not ranges:
+        if not ranges or (len(planned) >= slots and total(ranges) < batch_size):
             break
         planned.append(ranges)
         together = [replace(b, in_flight=(*b.in_flight, *ranges)) for b in together]

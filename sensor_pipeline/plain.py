@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -25,6 +26,9 @@ _BRACES = 3
 _DIGITS = 128
 _EIGHT_TRUE = 0x0101_0101_0101_0101
 
+# What msgspec raises for a message that is not as it should be, or is none.
+_REFUSED = (ValueError, TypeError, RecursionError)
+
 _NO_TIME = np.datetime64("NaT", "us")
 _SHORTEST_TIME = len("2026-01-01T12:00:00")
 _LONGEST_TIME = len("2026-01-01T12:00:00.000000")
@@ -32,14 +36,14 @@ _SEPARATORS = {4: "-", 7: "-", 10: "T", 13: ":", 16: ":", 19: "."}
 _PARTS = ((0, 4), (5, 7), (8, 10), (11, 13), (14, 16), (17, 19))
 
 
-class Values(msgspec.Struct):
+class Values(msgspec.Struct, gc=False):
     """The inner object of a message."""
 
     readings: msgspec.Raw = msgspec.Raw(b"{}")
     has_failure: bool | Literal[0, 1] = False
 
 
-class Message(msgspec.Struct):
+class Message(msgspec.Struct, gc=False):
     """A message's shape, by which msgspec checks it; `Raw` is checked to be JSON and kept as it is."""
 
     machine_id: str
@@ -71,24 +75,15 @@ def find_plain(messages: Sequence[bytes | None], *, naive_is_utc: bool) -> Plain
         messages: values of Kafka messages.
         naive_is_utc: whether a timestamp without an offset is in UTC; otherwise it is not plain.
     """
-    place: list[int] = []
-    decoded: list[Message] = []
-    texts: list[bytes] = []
-    for at, message in enumerate(messages):
-        try:
-            decoded.append(decode_message(message))  # type: ignore[arg-type]
-        except (ValueError, TypeError, RecursionError):
-            continue
-        place.append(at)
-        texts.append(message)  # type: ignore[arg-type]
+    place, decoded = _decode(messages)
+    texts = messages if len(decoded) == len(messages) else [messages[at] for at in place.tolist()]
     machine_id = [message.machine_id for message in decoded]
     timestamp = read_times([message.timestamp for message in decoded], naive_is_utc=naive_is_utc)
-    has_failure = np.array([message.readings.has_failure for message in decoded], np.bool_)
+    has_failure = np.fromiter((message.readings.has_failure for message in decoded), np.bool_, len(decoded))
     values = [bytes(message.readings.readings) for message in decoded]
     characters = np.fromiter(map(len, machine_id), np.int64, len(machine_id))
     plain = (
-        _is_flat_text(texts, values)
-        & _has_plain_numbers(values)
+        _is_plain_text(_Joined(texts), _Joined(values))  # type: ignore[arg-type]
         & (characters > 0)
         & (characters <= MAX_MACHINE_ID_CHARACTERS)
         & ~np.isnat(timestamp)
@@ -97,8 +92,24 @@ def find_plain(messages: Sequence[bytes | None], *, naive_is_utc: bool) -> Plain
         kept = np.flatnonzero(plain).tolist()
         machine_id = [machine_id[at] for at in kept]
         values = [values[at] for at in kept]
-        place = [place[at] for at in kept]
-    return Plain(np.array(place, np.int64), machine_id, timestamp[plain], has_failure[plain], values)
+    return Plain(place[plain], machine_id, timestamp[plain], has_failure[plain], values)
+
+
+def _decode(messages: Sequence[bytes | None]) -> tuple[NDArray[np.int64], list[Message]]:
+    """The messages that msgspec takes, and their places."""
+    try:
+        return np.arange(len(messages)), list(map(decode_message, messages))  # type: ignore[arg-type]
+    except _REFUSED:
+        pass
+    place: list[int] = []
+    decoded: list[Message] = []
+    for at, message in enumerate(messages):
+        try:
+            decoded.append(decode_message(message))  # type: ignore[arg-type]
+        except _REFUSED:
+            continue
+        place.append(at)
+    return np.array(place, np.int64), decoded
 
 
 class _Joined:
@@ -109,6 +120,11 @@ class _Joined:
         self.bytes = np.frombuffer(self.text, np.uint8)
         self.length = np.fromiter(map(len, texts), np.int64, len(texts))
         self.start = np.cumsum(self.length + 1) - self.length - 1
+
+    @cached_property
+    def is_digit(self) -> NDArray[np.bool_]:
+        """For each byte."""
+        return self.bytes - ord("0") <= 9  # what stands before "0" wraps around
 
     def count(self, hits: NDArray[np.bool_]) -> NDArray[np.int64]:
         """How many of the hits, one for each byte, each text has."""
@@ -122,42 +138,49 @@ class _Joined:
         return self.count(self.bytes == ord(byte)) > 0
 
 
-def _is_flat_text(texts: Sequence[bytes], values: Sequence[bytes]) -> NDArray[np.bool_]:
-    """Which texts are valid UTF-8 without escapes, not too long, and have `values` as their one innermost object."""
-    joined = _Joined(texts)
-    flat: NDArray[np.bool_] = (joined.length <= LONGEST) & ~joined.has(b"\\") & ~joined.has(b"[")
-    flat &= np.fromiter((value.startswith(b"{") for value in values), np.bool_, len(values))
-    braces = joined.bytes == ord("{")
+def _is_plain_text(messages: _Joined, values: _Joined) -> NDArray[np.bool_]:
+    """Which messages, with `values` as their innermost object, are plain by their bytes."""
+    return _is_flat(messages, values) & _is_utf8(messages) & ~_has_exponent(values) & ~_has_long_number(values)
+
+
+def _is_flat(messages: _Joined, values: _Joined) -> NDArray[np.bool_]:
+    """Not too long, without escapes, and nothing nested in the values or beside them."""
+    flat: NDArray[np.bool_] = (messages.length <= LONGEST) & ~messages.has(b"\\") & ~messages.has(b"[")
+    flat &= values.bytes[values.start] == ord("{")
+    braces = messages.bytes == ord("{")
     # A message without values has two, and could make up for another's fourth.
-    if np.count_nonzero(braces) != _BRACES * len(texts) or b"{}" in values:
-        flat &= joined.count(braces) == _BRACES
-    if not joined.text.isascii():
-        for at in np.flatnonzero(joined.count(joined.bytes >= 0x80)).tolist():
-            flat[at] &= _is_utf8(texts[at])
+    if np.count_nonzero(braces) != _BRACES * len(flat) or values.length.min(initial=3) <= len("{}"):
+        flat &= messages.count(braces) == _BRACES
     return flat
 
 
-def _has_plain_numbers(values: Sequence[bytes]) -> NDArray[np.bool_]:
-    """Which texts have no number with an exponent and none with more digits than a float can hold."""
-    joined = _Joined(values)
-    digit = joined.bytes - ord("0") < 10
-    exponent = (joined.bytes | 0x20) == ord("e")
-    exponent[1:] &= digit[:-1]
-    exponent[:1] = False
-    plain: NDArray[np.bool_] = joined.count(exponent) == 0
+def _is_utf8(messages: _Joined) -> NDArray[np.bool_]:
+    valid = np.ones(len(messages.start), np.bool_)
+    if not messages.text.isascii():
+        for at in np.flatnonzero(messages.count(messages.bytes >= 0x80)).tolist():
+            start = messages.start[at]
+            try:
+                messages.text[start : start + messages.length[at]].decode()
+            except UnicodeDecodeError:
+                valid[at] = False
+    return valid
+
+
+def _has_exponent(values: _Joined) -> NDArray[np.bool_]:
+    """A digit before an "e", as in 1e5; also in a name such as "Sensor 1e", which is then read by the rules."""
+    exponent = (values.bytes | 0x20) == ord("e")
+    exponent[1:] &= values.is_digit[:-1]
+    return values.count(exponent) > 0
+
+
+def _has_long_number(values: _Joined) -> NDArray[np.bool_]:
+    """More digits than a float can hold; only their middle is looked for."""
+    digit = values.is_digit
     eights = digit[: len(digit) // _DIGITS * _DIGITS].view(np.uint64) == _EIGHT_TRUE
     blocks = eights.reshape(-1, _DIGITS // 8).all(axis=1)
-    if blocks.any():
-        plain &= joined.count(np.append(np.repeat(blocks, _DIGITS), np.zeros(len(digit) % _DIGITS, np.bool_))) == 0
-    return plain
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+    if not blocks.any():
+        return np.zeros(len(values.start), np.bool_)
+    return values.count(np.append(np.repeat(blocks, _DIGITS), np.zeros(len(digit) % _DIGITS, np.bool_))) > 0
 
 
 def read_times(texts: Sequence[str], *, naive_is_utc: bool) -> NDArray[np.datetime64]:

@@ -20,8 +20,10 @@ KAFKA_CLIENT_PREFIX = "KAFKA_CLIENT_"
 # The daemon looks at a sensor at best this often, whatever the sensor asks for.
 DAEMON_TICK_SECONDS = 5
 
-# At most this many batches of a lane are launched and not yet ended.
+# Of a lane, this many batches are in flight: one writes, the next one starts up, drains and waits for it.
 BATCHES_IN_FLIGHT = 2
+# Under a backlog so many, in flight included, are planned: one that ends is followed at once and not at the next look.
+BATCHES_PLANNED = 4
 
 _SLOW_READINGS_PER_SECOND = 10_000
 
@@ -100,7 +102,7 @@ class Settings:
     @property
     def most_readings_per_second(self) -> float:
         """What the settings allow at most over all lanes, however fast the servers are."""
-        return self.lanes * BATCHES_IN_FLIGHT * self.batch_size / self.interval_seconds
+        return self.lanes * BATCHES_PLANNED * self.batch_size / self.interval_seconds
 
     @property
     def is_slow(self) -> bool:

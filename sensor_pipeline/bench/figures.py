@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from sensor_pipeline.bench import naive, reference
+from sensor_pipeline.bench import daemon, naive, reference
 from sensor_pipeline.bench.measured import Bound, Measured, per_second
 from sensor_pipeline.bench.processes import Ran, run
 from sensor_pipeline.bench.site import Site
@@ -65,6 +65,41 @@ def throughput(site: Site, effort: Effort) -> list[Measured]:
             f"bare COPY {per_second(work.total, copied)}",
         )
         for lanes in ran
+    ]
+
+
+def through_daemon(site: Site, effort: Effort) -> list[Measured]:
+    """A backlog of twice as much through Dagster's daemon, sensor and default launcher, with two lanes."""
+    work = Work(2 * effort.readings)
+    compared = Work(effort.readings)
+    _prepare(site, effort, work, compared)
+    copied: list[float] = []
+    drained: list[float] = []
+    launches: list[float] = []
+    for counts in effort.each_round("daemon"):
+        base = bare_copy(site, compared) / compared.total
+        with site.database() as fresh:
+            settings = replace(fresh, kafka_topics=(site.topic(work),), lanes=2)
+            site.settle()
+            with daemon.running(site, settings) as ran:
+                ran.await_offsets(work.total)
+                seconds, launch = ran.seconds(), ran.launch_seconds()
+            if not counts:
+                check_result(site, work, settings)
+        if counts:
+            copied.append(base)
+            drained.append(seconds / work.total)
+            launches.append(launch)
+    return [
+        Measured(
+            f"daemon, two lanes, {work.total:,} readings",
+            [base / one for base, one in zip(copied, drained, strict=True)],
+            "x",
+            Bound(0.55, 0.70),
+            per_second(1, drained),
+            f"bare COPY {per_second(1, copied)}",
+        ),
+        Measured("from launch to first op", launches, "s", Bound(2.0, 2.0, at_least=False)),
     ]
 
 
@@ -125,14 +160,15 @@ def check_result(site: Site, work: Work, settings: Settings) -> None:
         naive.check(work, connection)
 
 
-def _prepare(site: Site, effort: Effort, work: Work) -> None:
+def _prepare(site: Site, effort: Effort, work: Work, compared: Work | None = None) -> None:
     effort.say(f"publishing {work.total:,} messages")
     site.topic(work)
     effort.say("writing the reference's rows")
-    site.rows(work)
+    site.rows(compared or work)
 
 
 FIGURES: dict[str, Callable[[Site, Effort], Sequence[Measured]]] = {
     "throughput": throughput,
     "one-by-one": one_by_one,
+    "daemon": through_daemon,
 }

@@ -117,7 +117,11 @@ class Site:
                 migrate(settings)
             yield settings
         finally:
-            self._administer("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+            self.drop_database(name)
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database, whoever is connected to it."""
+        self._administer("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
 
     @contextmanager
     def connection(self, settings: Settings) -> Iterator[psycopg2.extensions.connection]:

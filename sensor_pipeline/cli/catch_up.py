@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.catch_up import CatchUp
 from sensor_pipeline.cli.environment import environment
+from sensor_pipeline.collector import spare_collector
 from sensor_pipeline.offsets import Batch
 from sensor_pipeline.postgres.transaction import Written
 from sensor_pipeline.settings import Settings
@@ -27,6 +28,7 @@ def command(lanes: int | None) -> None:
     settings = Settings.from_env(environment())
     if lanes is not None:
         settings = replace(settings, lanes=lanes)
+    spare_collector()
     totals = {"batches": 0, "inserted": 0, "rejected": 0, "started": 0, "ended": 0}
     lock = Lock()
     console = Console(stderr=True)

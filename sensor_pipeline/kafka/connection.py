@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 _ASK_AGAIN_SECONDS = 0.1
 
+# What the user may set otherwise by KAFKA_CLIENT_…. By default a partition whose queue is full is left alone for a
+# second, in which a drain reads it empty and waits (6.2 us a message instead of 3.2, decoding included).
+_FETCH = {"fetch.queue.backoff.ms": 10, "queued.max.messages.kbytes": 16_384}
+
 
 class Connection:
     """Clients of the settings' brokers.
@@ -48,6 +52,7 @@ class Connection:
         consumer = self._make(
             Consumer,
             {
+                **{name: value for name, value in _FETCH.items() if name not in self._properties},
                 "group.id": self._group,
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,

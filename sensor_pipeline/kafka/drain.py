@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import compress
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,22 +94,23 @@ class Drain:
             raise gap_error(topic.name, lost)
 
     def _take(self, messages: Sequence[Message]) -> Records | None:
-        delivered = [message for message in messages if message.error() is None]
-        partition = np.array([message.partition() for message in delivered], np.int32)
-        offset = np.array([message.offset() for message in delivered], np.int64)
+        errors = list(map(Message.error, messages))
+        delivered = [message for message, error in zip(messages, errors, strict=True) if error is None]
+        partition = np.fromiter(map(Message.partition, delivered), np.int32, len(delivered))
+        offset = np.fromiter(map(Message.offset, delivered), np.int64, len(delivered))
         keep = self._progress.delivered(partition, offset)
         # Only now: an end of partition that stands in this chunk comes after the records that stand in it.
-        for message in messages:
-            if (error := message.error()) is not None:
+        for message, error in zip(messages, errors, strict=True):
+            if error is not None:
                 self._heed(message, error)
-        kept = [message for message, is_kept in zip(delivered, keep, strict=True) if is_kept]
+        kept = list(compress(delivered, keep))
         if not kept:
             return None
         return Records(
             partition=partition[keep],
             offset=offset[keep],
-            timestamp_ms=np.array([message.timestamp()[1] for message in kept], np.int64),
-            value=[message.value() for message in kept],
+            timestamp_ms=np.fromiter(map(itemgetter(1), map(Message.timestamp, kept)), np.int64, len(kept)),
+            value=list(map(Message.value, kept)),
             key_and_headers=lambda at: (_bytes(kept[at].key()), _headers(kept[at])),
         )
 

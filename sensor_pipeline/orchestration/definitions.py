@@ -1,5 +1,10 @@
 """What Dagster loads. The only module of the package that reads the environment, beside the command line."""
 
+# ruff: noqa: E402 - a run's process imports this module first
+from sensor_pipeline.collector import spare_collector
+
+spare_collector()
+
 import os
 
 from dagster import Definitions

@@ -34,7 +34,7 @@ from sensor_pipeline.offsets import (
 )
 from sensor_pipeline.orchestration import config
 from sensor_pipeline.postgres.database import Database
-from sensor_pipeline.settings import BATCHES_IN_FLIGHT, Settings
+from sensor_pipeline.settings import BATCHES_IN_FLIGHT, BATCHES_PLANNED, Settings
 
 # dagster.yaml limits the runs of a lane by this tag.
 LANE_TAG = "lane"
@@ -154,6 +154,7 @@ def _plan_topic(
         lanes=settings.lanes,
         batch_size=settings.batch_size,
         in_flight_limit=BATCHES_IN_FLIGHT,
+        planned_limit=BATCHES_PLANNED,
         in_flight=busy,
         now=datetime.now(UTC),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import sqlalchemy as sa
 from psycopg2 import DataError as DriverDataError
@@ -16,10 +17,13 @@ from sensor_pipeline.errors import ConfigurationError, DataError, SensorPipeline
 from sensor_pipeline.settings import Settings
 
 # The newest migration; a test holds it to the scripts, which would take Alembic to ask at run time.
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 VERSION_TABLE = "sensor_pipeline_schema"
 
 _CONNECT_SECONDS = 10
+# As many as a lane of `catch-up` has threads, for two lanes; what more is needed is closed after use.
+_KEPT: Mapping[str, Any] = {"pool_size": 6, "max_overflow": -1, "pool_pre_ping": True}
+_NOT_KEPT: Mapping[str, Any] = {"poolclass": NullPool}
 # A host that vanishes in the middle of a transaction keeps its locks until its connection is given up; the default
 # of most systems is two hours. Both ends are told: this one, and the server.
 _KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
@@ -57,13 +61,16 @@ _OTHERWISE = "look at the server's log"
 
 
 class Database:
-    """The settings' database. Every transaction has a connection of its own, closed after it.
+    """The settings' database.
 
-    A connection that is kept would have to be tested before each use, after a restart of the server and
-    between batches minutes apart; a new one takes about 5 ms.
+    Args:
+        settings: where it is.
+        keep_connections: for a process that runs batches, one after the other: a transaction takes a connection that
+            is there, tested first, and makes one (5 ms on each side) where there is none. Otherwise every
+            transaction has one of its own, and none stays open between two looks of a sensor.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, keep_connections: bool = False) -> None:
         self.name = f"{settings.postgres_host}:{settings.postgres_port}/{settings.postgres_db}"
         self._user = settings.postgres_user
         ssl = {"sslmode": settings.postgres_sslmode} if settings.postgres_sslmode else {}
@@ -76,7 +83,7 @@ class Database:
                 port=settings.postgres_port,
                 database=settings.postgres_db,
             ),
-            poolclass=NullPool,
+            **_KEPT if keep_connections else _NOT_KEPT,
             connect_args={
                 "connect_timeout": _CONNECT_SECONDS,
                 "application_name": "sensor_pipeline",
