@@ -22,6 +22,7 @@ from sensor_pipeline.embedded.kafka import KafkaBroker
 from sensor_pipeline.embedded.postgres import PostgresServer
 from sensor_pipeline.embedded.topics import create_topic, delete_topic
 from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.kafka import Kafka, Topic
 from sensor_pipeline.postgres.migrations import migrate
 from sensor_pipeline.publish import Publisher
 from sensor_pipeline.settings import Settings
@@ -82,16 +83,26 @@ class Site:
         """The topic that holds the work's messages; published when first asked for."""
         if work not in self._topics:
             name = f"bench-{os.getpid()}-{next(self._numbers)}"
-            self.create_topic(name)
+            create_topic(self.settings.kafka_bootstrap_servers, name, PARTITIONS, self.settings.kafka_client)
             self._topics[work] = name
             with Publisher(self.settings, name) as publisher:
                 for reading in work.messages():
                     publisher.send(reading.message)
         return self._topics[work]
 
-    def create_topic(self, name: str) -> None:
-        """An empty topic; `topic` makes those that are removed in the end."""
+    def kafka_topic(self, work: Work) -> Topic:
+        """The same, with its Kafka topic id."""
+        return Kafka(self.settings).topic(self.topic(work))
+
+    @contextmanager
+    def new_topic(self) -> Iterator[str]:
+        """An empty topic, for one block."""
+        name = f"bench-{os.getpid()}-{next(self._numbers)}"
         create_topic(self.settings.kafka_bootstrap_servers, name, PARTITIONS, self.settings.kafka_client)
+        try:
+            yield name
+        finally:
+            delete_topic(self.settings.kafka_bootstrap_servers, name, self.settings.kafka_client)
 
     def remove_topic(self, work: Work) -> None:
         """Make room on the disk."""

@@ -14,11 +14,12 @@ from rich.table import Table
 
 from sensor_pipeline.cli.environment import environment
 from sensor_pipeline.cli.progress import progress
+from sensor_pipeline.collector import spare_collector
 
 if TYPE_CHECKING:
     from sensor_pipeline.bench.measured import Measured
 
-_ROUNDS, _READINGS = 5, 1_000_000
+_ROUNDS, _READINGS, _STEADY_SECONDS = 5, 1_000_000, 600
 _QUICK_ROUNDS, _QUICK_READINGS = 3, 200_000
 
 
@@ -48,7 +49,8 @@ def command(
     Starts servers of its own where the environment names none; where it does, works in databases and topics that it
     makes there and removes. Exits with 1 where a figure misses what it must reach.
     """
-    from sensor_pipeline.bench.figures import FIGURES, Effort
+    from sensor_pipeline.bench.figures import FIGURES, QUICK
+    from sensor_pipeline.bench.rounds import Effort
     from sensor_pipeline.bench.site import Site
 
     if list_them:
@@ -57,13 +59,15 @@ def command(
         return
     if unknown := [name for name in figures if name not in FIGURES]:
         raise click.BadParameter(f"no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
-    names = figures or (_QUICK if quick else tuple(FIGURES))
+    spare_collector()
+    names = figures or (QUICK if quick else tuple(FIGURES))
     measured: list[Measured] = []
     with progress() as (bar, _), Site(environment(), folder) as site:
         task = bar.add_task("starting", total=len(names))
         effort = Effort(
             rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
             readings=readings or (_QUICK_READINGS if quick else _READINGS),
+            steady_seconds=_STEADY_SECONDS,
             say=lambda what: bar.update(task, description=what),
         )
         for name in names:
@@ -72,9 +76,6 @@ def command(
     click.echo(json.dumps([_as_json(line) for line in measured], indent=2)) if as_json else _print(measured)
     if any(line.reaches is False for line in measured):
         sys.exit(1)
-
-
-_QUICK = ("throughput", "one-by-one")
 
 
 def _as_json(line: Measured) -> dict[str, Any]:

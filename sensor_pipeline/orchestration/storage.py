@@ -32,7 +32,7 @@ class KeptConnections(DagsterPostgresStorage):
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> KeptConnections:
         """What Dagster calls with the settings in dagster.yaml."""
-        url = pg_url_from_config(config_value)  # type: ignore[arg-type]
+        url = pg_url_from_config(config_value)
         token_provider = get_token_provider_from_config(config_value)
         storage = cls(
             inst_data=inst_data,
