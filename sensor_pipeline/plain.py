@@ -198,6 +198,7 @@ def read_times(texts: Sequence[str], *, naive_is_utc: bool) -> NDArray[np.dateti
             width = length - len(zone)
             if (zone or naive_is_utc) and _SHORTEST_TIME <= width <= _LONGEST_TIME:
                 in_zone = (letters[:, width:] == np.frombuffer(zone.encode(), np.uint8)).all(axis=1)
+                in_zone &= np.isnat(times[rows])
                 if in_zone.any():
                     times[rows[in_zone]] = _read_same_length(letters[in_zone, :width])
     return times

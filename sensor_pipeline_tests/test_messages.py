@@ -21,7 +21,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sensor_pipeline.messages import MessageDecoder, _NotPlainError
-from sensor_pipeline.rules import Reading, Reason, RejectedError, Rejection, examine
+from sensor_pipeline.plain import find_plain, read_times
+from sensor_pipeline.rules import Reading, Reason, RejectedError, Rejection, examine, parse_timestamp
 
 TABLE_OF_REASONS = Path(__file__).parents[1] / "docs" / "rejected-messages.md"
 LIMIT = 50_000
@@ -809,6 +810,7 @@ def check(value: bytes, by: MessageDecoder) -> str:
     outcome = str(result.reason) if isinstance(result, Rejection) else "accepted by the full rules"
     if outcome == Reason.TOO_LARGE:
         return outcome
+    _check_among_plain_ones(value, by, result)
     try:
         fast = by._accept(value)
     except (_NotPlainError, ValueError, RecursionError, OverflowError):
@@ -821,6 +823,96 @@ def check(value: bytes, by: MessageDecoder) -> str:
     assert fast[:3] == full[:3], value
     assert pairs(fast.values) == pairs(full.values), value
     return "accepted by the fast path"
+
+
+NEIGHBOUR = message(values='{"Sensor 1": 0.5, "Sensor 2": -1}')
+
+
+def _check_among_plain_ones(value: bytes, by: MessageDecoder, result: Reading | Rejection) -> None:
+    """Decoded together with others, a message says the same, and they say what they do without it."""
+    together = by.decode([NEIGHBOUR, value, NEIGHBOUR], np.full(3, -1))
+    assert [*together.index.tolist(), *(place for place, _ in together.rejected)] in ([0, 1, 2], [0, 2, 1])
+    columns = (together.machine_id, together.timestamp.tolist(), together.has_failure.tolist(), together.values)
+    rows = dict(zip(together.index.tolist(), zip(*columns, strict=True), strict=True))
+    assert rows[0] == rows[2] == tuple(accepted(NEIGHBOUR, by))
+    if isinstance(result, Rejection):
+        assert dict(together.rejected) == {1: result}
+    else:
+        assert rows[1][:3] == tuple(result)[:3]
+        assert pairs(rows[1][3]) == pairs(result.values)
+
+
+def plain_places(values: list[bytes | None]) -> list[int]:
+    return find_plain(values, naive_is_utc=True).place.tolist()
+
+
+def test_what_nearly_every_fleet_sends_is_plain() -> None:
+    """Otherwise the comparison above would compare nothing."""
+    for value in (
+        NEIGHBOUR,
+        message(),
+        message(timestamp='"2026-01-01T12:00:00.123Z"', values='{"mode": "warm", "on": true, "unit": null}'),
+        message(timestamp='"2026-01-01T12:00:00.123456+00:00"', has_failure="1"),
+        message(values=f'{{"caf\u00e9 {EMOJI}": 1}}'),
+        message(machine_id=f'"{EMOJI}"'),
+        b' {"extra": "", ' + message()[1:] + b"\n",
+    ):
+        assert plain_places([value]) == [0], value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        message(values='{"a": 1e-5}'),
+        message(values='{"a": 1E5}'),
+        message(values='{"1e5": 1}'),
+        message(values='{"a": ' + "9" * 400 + "}"),
+        message(values='{"a": "\\u0041"}'),
+        message(values='{"a": [1]}'),
+        message(values='{"a": "{"}'),
+        message(timestamp='"2026-02-30T12:00:00"'),
+        message(timestamp='"0000-01-01T12:00:00"'),
+        message(timestamp='"2026-01-01T24:00:00"'),
+        message(timestamp='"2026-01-01T12:00:00."'),
+        message(timestamp='"2026-01-01T12:00:00+01:00"'),
+        message(machine_id='""'),
+        b'{"machine_id": "m", "timestamp": "2026-01-01T12:00:00", "readings": {}}',
+        b'{"note": "\xff", ' + message()[1:],
+        b'{"note": {"deep": 1}, ' + message()[1:],
+    ],
+    ids=lambda value: str(value)[:70],
+)
+def test_what_its_bytes_do_not_show_is_left_to_the_rules_alone(value: bytes) -> None:
+    without_values = b'{"machine_id": "m", "timestamp": "2026-01-01T12:00:00", "readings": {}}'
+    assert plain_places([NEIGHBOUR, value, None, NEIGHBOUR, without_values, b"}{", NEIGHBOUR]) == [0, 3, 6]
+
+
+def _is_readable(text: str) -> bool:
+    try:
+        parse_timestamp(text, None)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
+@unhurried
+@given(
+    st.lists(
+        st.one_of(
+            st.datetimes().map(lambda moment: moment.isoformat()),
+            st.datetimes().map(lambda moment: moment.isoformat() + "Z"),
+            st.from_regex(r"\A20[0-2][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-6][0-9]:[0-6][0-9](\.[0-9]{0,7})?\Z"),
+            st.text(max_size=30),
+        ),
+        max_size=20,
+    )
+)
+def test_times_read_together_are_those_read_one_by_one(texts: list[str]) -> None:
+    for text, time in zip(texts, read_times(texts, naive_is_utc=True), strict=True):
+        if not np.isnat(time):
+            assert time == np.datetime64(parse_timestamp(text, None)), text
+        elif re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z?", text, re.ASCII):
+            assert not _is_readable(text), text
 
 
 def _check_pairs(members: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -202,6 +202,26 @@ def test_a_plan_is_exact(
             assert lane in {batch.lane for batch in planned}
 
 
+@pytest.mark.parametrize(
+    ("backlog", "in_flight", "sizes"),
+    [
+        (1_000, 0, [100, 100, 100, 100]),
+        (1_000, 2, [100, 100]),
+        (1_000, 4, []),
+        (250, 0, [100, 100]),
+        (150, 0, [100, 50]),
+        (50, 2, []),
+    ],
+)
+def test_only_full_batches_are_planned_beyond_those_in_flight(backlog: int, in_flight: int, sizes: list[int]) -> None:
+    """What is less than a batch grows while it waits: under a trickle runs would only get smaller and more."""
+    partition = PartitionBacklog(partition=0, first=0, end=backlog)
+    planned = plan(
+        [partition], lanes=1, batch_size=100, in_flight_limit=2, planned_limit=4, in_flight={0: in_flight}, now=NOW
+    )
+    assert [total(batch.ranges) for batch in planned.batches] == sizes
+
+
 @untimed
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=8),

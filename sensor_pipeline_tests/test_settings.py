@@ -279,8 +279,8 @@ def test_anything_else_is_no_duration(text: str) -> None:
 def test_what_the_settings_allow_at_most_is_said_in_one_sentence() -> None:
     settings = Settings.from_env({"BATCH_SIZE": "100", "LANES": "3", "COMMIT_INTERVAL_MS": "10000"})
     assert settings.interval_seconds == 10
-    # Two batches in flight a lane.
-    assert settings.most_readings_per_second == 3 * 2 * 100 / 10
-    assert settings.capacity_note().endswith("allow at most 60 readings/s")
+    # Four batches of a lane planned at each look.
+    assert settings.most_readings_per_second == 3 * 4 * 100 / 10
+    assert settings.capacity_note().endswith("allow at most 120 readings/s")
     # The daemon looks every five seconds at best.
     assert Settings.from_env({"COMMIT_INTERVAL_MS": "1"}).interval_seconds == 5
