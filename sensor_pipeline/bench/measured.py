@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 
@@ -25,7 +25,8 @@ class Measured:
     """One line of the table.
 
     `values` are the figure of each round, in `unit` (`x`: a ratio to the reference of the same round). `subject` and
-    `reference` say in words what was measured and against what, in absolute terms, by their medians.
+    `reference` say in words what was measured and against what, in absolute terms, by their medians; `stages` is the
+    profile: microseconds a reading that batches spent in each.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Measured:
     bound: Bound | None
     subject: str = ""
     reference: str = ""
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def value(self) -> float:

@@ -11,6 +11,11 @@ from sensor_pipeline.bench.site import Site
 from sensor_pipeline.bench.work import Work
 from sensor_pipeline.settings import Settings
 
+_STAGES = """
+    SELECT stage, sum(CAST(seconds AS double precision))
+    FROM batches CROSS JOIN LATERAL jsonb_each_text(timings) AS spent (stage, seconds) GROUP BY stage
+"""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -54,15 +59,17 @@ def bare_copy(site: Site, work: Work) -> float:
         return reference.bare_copy(connection, rows)
 
 
-def catch_up(site: Site, work: Work, *, lanes: int, check: bool = False) -> Ran:
-    """The command over all of the work, in a fresh database."""
+def catch_up(site: Site, work: Work, *, lanes: int, check: bool = False) -> tuple[Ran, dict[str, float]]:
+    """The command over all of the work, in a fresh database; and its batches' seconds by stage."""
     with site.database() as fresh:
         settings = replace(fresh, kafka_topics=(site.topic(work),), lanes=lanes)
         site.settle()
         ran = run(["sensor_pipeline", "catch-up"], settings)
         if check:
             check_result(site, work, settings)
-        return ran
+        with site.connection(settings) as connection, connection.cursor() as cursor:
+            cursor.execute(_STAGES)
+            return ran, dict(cursor.fetchall())
 
 
 def check_result(site: Site, work: Work, settings: Settings) -> None:

@@ -22,26 +22,31 @@ def throughput(site: Site, effort: Effort) -> list[Measured]:
     prepare(site, effort, work, compared=work)
     copied: list[float] = []
     ran: dict[int, list[Ran]] = {1: [], 2: []}
+    stages: dict[int, dict[str, float]] = {}
     for counts in effort.each_round("throughput"):
         seconds = bare_copy(site, work)
-        ran_now = {lanes: catch_up(site, work, lanes=lanes, check=not counts) for lanes in ran}
+        for lanes, measured in ran.items():
+            one, stages[lanes] = catch_up(site, work, lanes=lanes, check=not counts)
+            if counts:
+                measured.append(one)
         if counts:
             copied.append(seconds)
-            for lanes, one in ran_now.items():
-                ran[lanes].append(one)
-    bounds = {1: Bound(0.60, 0.85), 2: Bound(0.80, 1.1)}
     return [
         Measured(
-            f"catch-up, {'one lane' if lanes == 1 else 'two lanes'}",
+            title,
             [base / one.seconds for base, one in zip(copied, ran[lanes], strict=True)],
             "x",
-            bounds[lanes],
+            bound,
             f"{per_second(work.total, [one.seconds for one in ran[lanes]])}, "
             f"{median(one.peak_mb for one in ran[lanes]):.0f} MB, "
             f"{1e6 * median(one.cpu_seconds for one in ran[lanes]) / work.total:.1f} us of CPU a reading",
             f"bare COPY {per_second(work.total, copied)}",
+            {stage: 1e6 * spent / work.total for stage, spent in stages[lanes].items()},
         )
-        for lanes in ran
+        for lanes, title, bound in (
+            (1, "catch-up, one lane", Bound(0.60, 0.85)),
+            (2, "catch-up, two lanes", Bound(0.80, 1.1)),
+        )
     ]
 
 
@@ -58,7 +63,7 @@ def one_by_one(site: Site, effort: Effort) -> list[Measured]:
             site.settle()
             servers = settings.kafka_bootstrap_servers
             seconds = reference.one_by_one(connection, servers, topic, f"{settings.kafka_group_id}-naive", messages)
-        one = catch_up(site, work, lanes=1)
+        one, _ = catch_up(site, work, lanes=1)
         if counts:
             naively.append(seconds / messages)
             ran.append(one)

@@ -87,28 +87,38 @@ def _as_json(line: Measured) -> dict[str, Any]:
         "unit": line.unit,
         "measured": line.subject,
         "reference": line.reference,
+        "microseconds_by_stage": dict(line.stages),
         "limit": bound and bound.limit,
         "aim": bound and bound.aim,
+        "at_least": bound and bound.at_least,
         "reaches": line.reaches,
     }
 
 
 def _print(measured: Sequence[Measured]) -> None:
-    table = Table("figure", "median", "spread", "asked", "aim", "measured", "reference")
+    table = Table("figure", "median", "spread", "asked", "aim", box=None, pad_edge=False)
     for line in measured:
         bound = line.bound
-        sign = "" if bound is None else ("at least " if bound.at_least else "at most ")
+        sign = "" if bound is None else (">= " if bound.at_least else "<= ")
         table.add_row(
             line.title,
-            ("" if line.reaches in (True, None) else "! ") + _number(line.value, line.unit),
-            f"{_number(min(line.values), '')} to {_number(max(line.values), '')}",
-            "" if bound is None else f"{sign}{_number(bound.limit, '')}",
-            "" if bound is None else _number(bound.aim, ""),
-            line.subject,
-            line.reference,
+            f"{_number(line.value)} {line.unit}{'' if line.reaches in (True, None) else ' (missed)'}",
+            f"{_number(min(line.values))} to {_number(max(line.values))}",
+            "" if bound is None else sign + _number(bound.limit),
+            "" if bound is None else _number(bound.aim),
         )
-    Console().print(table)
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    for line in measured:
+        said = [line.subject, line.reference and f"against {line.reference}", _profile(line)]
+        if any(said):
+            console.print(f"{line.title}: {'; '.join(filter(None, said))}", markup=False, highlight=False)
 
 
-def _number(value: float, unit: str) -> str:
-    return (f"{value:,.0f}" if value >= 20 else f"{value:.2f}") + (f" {unit}" if unit else "")
+def _profile(line: Measured) -> str:
+    stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in sorted(line.stages.items()))
+    return f"us a reading in {stages}" if stages else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 20 else f"{value:.2f}"

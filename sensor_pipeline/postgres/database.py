@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import finalize
 
 import sqlalchemy as sa
 from psycopg2 import DataError as DriverDataError
@@ -99,6 +100,8 @@ class Database:
                 **ssl,
             },
         )
+        # At once, and not when the garbage collector comes by.
+        finalize(self, self._engine.dispose)
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:

@@ -1,4 +1,4 @@
-"""A process that catches up and shows, in memory that outlives it, what each of its lanes is doing."""
+"""A process that catches up and shows, in memory that outlives it, what each thread of its lanes is doing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from sensor_pipeline.postgres import transaction
 from sensor_pipeline.postgres.transaction import Origin, Written
 from sensor_pipeline.settings import Settings
 
-_LANE = threading.local()
+# A lane's threads: one drains, one writes, one commits offsets.
+THREADS_A_LANE = 3
+_THREAD = threading.local()
 
 
 class Stage(IntEnum):
-    """What a lane is doing."""
+    """What a lane's thread is doing."""
 
     PLAN = 0
     DRAIN = 1
@@ -35,7 +37,7 @@ class Stage(IntEnum):
 
 
 def catch_up(settings: Settings, shown: MutableSequence[int]) -> None:
-    """Catch up; `shown` has a place for each lane."""
+    """Catch up; `shown` has a place for each thread of each lane."""
     runner = CatchUp(StagedPipeline(settings, shown), lambda *_: None)
     runner.run(runner.backlog())
 
@@ -44,7 +46,7 @@ class StagedPipeline(Pipeline):
     def __init__(self, settings: Settings, shown: MutableSequence[int]) -> None:
         super().__init__(settings)
         self._shown = shown
-        self._lanes = iter(range(len(shown)))
+        self._places = iter(range(len(shown)))
         commit, make_days = DefaultDialect.do_commit, transaction.ensure_days
 
         def watched_commit(dialect: DefaultDialect, connection: Any) -> None:
@@ -76,18 +78,18 @@ class StagedPipeline(Pipeline):
 
     @contextmanager
     def _stage(self, stage: Stage, *, only_in: Stage | None = None) -> Iterator[None]:
-        if not hasattr(_LANE, "place"):
+        if not hasattr(_THREAD, "place"):
             if stage == Stage.DATABASE_COMMIT:  # the planning's own, not in a lane
                 yield
                 return
-            _LANE.place = next(self._lanes, None)
-        if _LANE.place is None:  # the last look at the mirror, after all lanes
+            _THREAD.place = next(self._places, None)
+        if _THREAD.place is None:  # the last look at the mirror, after all lanes
             yield
             return
-        before = self._shown[_LANE.place]
+        before = self._shown[_THREAD.place]
         if only_in is None or before == only_in:
-            self._shown[_LANE.place] = stage
+            self._shown[_THREAD.place] = stage
         try:
             yield
         finally:
-            self._shown[_LANE.place] = before
+            self._shown[_THREAD.place] = before

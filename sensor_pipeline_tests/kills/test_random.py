@@ -15,7 +15,7 @@ import pytest
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.inspecting import check_counts, query
 from sensor_pipeline_tests.kills import stages
-from sensor_pipeline_tests.kills.stages import Stage
+from sensor_pipeline_tests.kills.stages import THREADS_A_LANE, Stage
 from sensor_pipeline_tests.kills.test_points import check_end, check_mirror_is_not_ahead
 from sensor_pipeline_tests.kills.victim import FORKS
 from sensor_pipeline_tests.publishing import Publisher, message
@@ -55,7 +55,7 @@ class Killer:
         self._dice = dice
 
     def kill(self) -> bool:
-        """Kill the next one, and note what its lanes were doing; false if it came to its end before."""
+        """Kill the next one, and note what its threads were doing; false if it came to its end before."""
         process, shown = self._start()
         wanted = self._wanted()
         not_before = time.monotonic() + self._dice.random()
@@ -77,7 +77,7 @@ class Killer:
         assert process.exitcode == 0
 
     def _start(self) -> tuple[ForkServerProcess, Sequence[int]]:
-        shown = FORKS.RawArray("i", LANES)
+        shown = FORKS.RawArray("i", LANES * THREADS_A_LANE)
         process = FORKS.Process(target=stages.catch_up, args=(self._settings, shown), daemon=True)
         process.start()
         return process, shown
