@@ -76,7 +76,7 @@ class Pipeline:
     def __init__(self, settings: Settings, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.settings = settings
         self.kafka = Kafka(settings)
-        self.database = Database(settings, keep_connections=True)
+        self.database = Database(settings)
         self._decoder = MessageDecoder(settings.max_future, settings.naive_timestamp_tz, settings.max_message_bytes)
         self._sleep = sleep
 
@@ -166,13 +166,15 @@ class Pipeline:
         if topic.kafka_topic_id != batch.kafka_topic_id:
             log.warning("topic %s was deleted and created again: offsets of %s are not committed", batch.topic, batch)
             return {}
+        prefixes = self._prefixes(batch)
         mirrored: dict[int, int] = {}
-        if 0 in self._prefixes(batch).values():
+        if 0 in prefixes.values():
             # There a group without an offset is right as it is, and one that was moved by hand is not.
             mirrored = dict.fromkeys(batch.partitions, 0) | self.kafka.committed_offsets(topic)
-        while stale := {p: offset for p, offset in self._prefixes(batch).items() if offset != mirrored.get(p)}:
+        while stale := {p: offset for p, offset in prefixes.items() if offset != mirrored.get(p)}:
             self.kafka.commit_offsets(batch.topic, stale)
             mirrored |= stale
+            prefixes = self._prefixes(batch)
         return {p: mirrored[p] for p in batch.partitions}
 
     def _not_ingested(self, batch: Batch) -> list[OffsetRange]:

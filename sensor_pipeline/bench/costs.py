@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 from sensor_pipeline.batch import Pipeline
@@ -17,20 +16,23 @@ from sensor_pipeline.settings import Settings
 
 _SHIFT_IDS = 1_000_000
 
-_BASE = "CREATE UNLOGGED TABLE base AS SELECT * FROM readings"
-_SPAN = 'SELECT max("timestamp") - min("timestamp") + interval \'1 ms\' FROM base'
+_BASE = """
+    CREATE UNLOGGED TABLE base AS SELECT * FROM readings;
+    CREATE UNLOGGED TABLE base_failures AS SELECT * FROM failures;
+    CREATE TABLE span AS SELECT max("timestamp") - min("timestamp") + interval '1 ms' AS length FROM base
+"""
 _EARLIER_FAILURES = """
     INSERT INTO failures (id, machine_id, start_time, last_failing_time, end_time, is_active)
-    SELECT id + %(k)s * %(shift)s, machine_id, start_time - %(k)s * %(span)s, last_failing_time - %(k)s * %(span)s,
-        coalesce(end_time, last_failing_time + interval '1 us') - %(k)s * %(span)s, false
-    FROM failures WHERE id < %(shift)s
+    SELECT id + %(k)s * %(shift)s, machine_id, start_time - %(k)s * length, last_failing_time - %(k)s * length,
+        coalesce(end_time, last_failing_time + interval '1 us') - %(k)s * length, false
+    FROM base_failures, span
 """
 _EARLIER_READINGS = """
     INSERT INTO readings (machine_id, "timestamp", failure_id, kafka_offset, kafka_partition, topic_id, has_failure,
         "values")
-    SELECT machine_id, "timestamp" - %(k)s * %(span)s, failure_id + %(k)s * %(shift)s,
+    SELECT machine_id, "timestamp" - %(k)s * length, failure_id + %(k)s * %(shift)s,
         kafka_offset + CAST(%(k)s AS bigint) * 1000000000, kafka_partition, topic_id, has_failure, "values"
-    FROM base
+    FROM base, span
 """
 
 
@@ -57,37 +59,63 @@ def machines(site: Site, effort: Effort) -> list[Measured]:
     return [_compare(site, effort, "20,000 machines", replace(few, machines=20_000), few, Bound(1.3, 1.1, False))]
 
 
+def batch_sizes(site: Site, effort: Effort) -> list[Measured]:
+    """Readings a second of one batch by itself, drained and written one after the other, by its size."""
+    sizes = [effort.readings // part for part in (100, 40, 20, 10, 4)]
+    work = Work(sum(sizes))
+    prepare(site, effort, work)
+    rates: dict[int, list[float]] = {size: [] for size in sizes}
+    for counts in effort.each_round("batch sizes"):
+        with site.database() as fresh:
+            pipeline = Pipeline(replace(fresh, kafka_topics=(site.topic(work),)))
+            for part in _batches(site, work, sizes):
+                site.settle()
+                took = _timed(pipeline, part)
+                if counts:
+                    rates[len(part)].append(len(part) / took)
+    return [Measured(f"a batch of {size:,} readings", rates[size], "readings/s", None) for size in sizes]
+
+
 def table(site: Site, effort: Effort) -> list[Measured]:
     """A batch on a table of twenty times the readings of a throughput figure, all of one day, against an empty one."""
     size = effort.readings // 4
-    work = Work(size * (effort.rounds + 2))
+    fills = [part * effort.readings for part in (5, 10, 20)]
+    work = Work(size * (2 + len(fills) * effort.rounds))
     prepare(site, effort, work)
-    parts = _batches(site, work, [size] * (effort.rounds + 2))
-    on_large: list[float] = []
-    on_empty: list[float] = []
+    first, *others = _batches(site, work, [size] * (work.total // size))
+    parts = iter(others)
+    rates: dict[int, list[float]] = {}
+    against_empty: list[tuple[float, float]] = []
     with site.database() as large:
         pipeline = Pipeline(replace(large, kafka_topics=(site.topic(work),)))
-        pipeline.run(parts[0])
-        rows = 20 * effort.readings
-        _fill(site, large, rows // size, effort)
-        for part, counts in zip(parts[1:], effort.each_round("table"), strict=True):
+        pipeline.run(first)
+        filling = _Filling(site, large, size)
+        for rows in fills:
+            effort.say(f"table: filling up to {rows:,} readings")
+            filling.fill(rows)
+            if rows != fills[-1]:
+                rates[rows] = [size / _timed(pipeline, next(parts)) for _ in range(effort.rounds)]
+        for counts in effort.each_round("table"):
+            part = next(parts)
             with site.database() as fresh:
                 empty = Pipeline(replace(fresh, kafka_topics=pipeline.settings.kafka_topics))
-                empty.run(parts[0])
+                empty.run(first)
                 site.settle()
-                seconds = _timed(empty, part), _timed(pipeline, part)
+                seconds = _timed(pipeline, part), _timed(empty, part)
             if counts:
-                on_empty.append(seconds[0])
-                on_large.append(seconds[1])
+                against_empty.append(seconds)
+    on_large, on_empty = zip(*against_empty, strict=True)
+    rates |= {size: [size / one for one in on_empty], fills[-1]: [size / one for one in on_large]}
     return [
         Measured(
-            f"a batch on a table of {rows:,} readings",
-            [one / base for one, base in zip(on_large, on_empty, strict=True)],
+            f"the same batch on {fills[-1]:,} readings",
+            [one / base for one, base in against_empty],
             "x",
             Bound(1.2, 1.05, at_least=False),
             per_second(size, on_large),
             f"on {size:,} readings {per_second(size, on_empty)}",
-        )
+        ),
+        *(Measured(f"a table of {rows:,} readings", rates[rows], "readings/s", None) for rows in sorted(rates)),
     ]
 
 
@@ -134,18 +162,26 @@ def _timed(pipeline: Pipeline, batch: Batch) -> float:
     return time.perf_counter() - began
 
 
-def _fill(site: Site, settings: Settings, copies: int, effort: Effort) -> None:
-    """Copy what is there again and again to earlier times of the same day, failures and all."""
-    with ExitStack() as stack:
-        connection = stack.enter_context(site.connection(settings))
-        connection.autocommit = True
-        cursor = stack.enter_context(connection.cursor())
-        cursor.execute(_BASE)
-        cursor.execute(_SPAN)
-        ((span,),) = cursor.fetchall()
-        for k in range(1, copies + 1):
-            effort.say(f"table: filling, {k} of {copies}")
-            arguments = {"k": k, "span": span, "shift": _SHIFT_IDS}
-            cursor.execute(_EARLIER_FAILURES, arguments)
-            cursor.execute(_EARLIER_READINGS, arguments)
-        cursor.execute("VACUUM ANALYZE readings")
+class _Filling:
+    """Copies of what is in a table, failures and all, shifted to earlier times of the same day."""
+
+    def __init__(self, site: Site, settings: Settings, size: int) -> None:
+        self._site = site
+        self._settings = settings
+        self._size = size
+        self._copies = 0
+        self._do([(_BASE, {})])
+
+    def fill(self, rows: int) -> None:
+        """Up to so many rows."""
+        copies = range(self._copies + 1, rows // self._size)
+        arguments = [{"k": k, "shift": _SHIFT_IDS} for k in copies]
+        self._do([(statement, each) for each in arguments for statement in (_EARLIER_FAILURES, _EARLIER_READINGS)])
+        self._do([("VACUUM ANALYZE readings", {})])
+        self._copies = rows // self._size - 1
+
+    def _do(self, statements: Sequence[tuple[str, dict[str, int]]]) -> None:
+        with self._site.connection(self._settings) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            for statement, arguments in statements:
+                cursor.execute(statement, arguments)

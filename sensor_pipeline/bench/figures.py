@@ -24,5 +24,6 @@ FIGURES: dict[str, Callable[[Site, Effort], Sequence[Measured]]] = {
     "failing": costs.failing,
     "machines": costs.machines,
     "table": costs.table,
+    "batch-sizes": costs.batch_sizes,
 }
 QUICK = ("throughput", "one-by-one")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-from weakref import finalize
 
 import sqlalchemy as sa
 from psycopg2 import DataError as DriverDataError
@@ -22,9 +20,6 @@ SCHEMA_VERSION = "0002"
 VERSION_TABLE = "sensor_pipeline_schema"
 
 _CONNECT_SECONDS = 10
-# As many as a lane of `catch-up` has threads, for two lanes; what more is needed is closed after use.
-_KEPT: Mapping[str, Any] = {"pool_size": 6, "max_overflow": -1, "pool_pre_ping": True}
-_NOT_KEPT: Mapping[str, Any] = {"poolclass": NullPool}
 # A host that vanishes in the middle of a transaction keeps its locks until its connection is given up; the default
 # of most systems is two hours. Both ends are told: this one, and the server.
 _KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
@@ -62,16 +57,13 @@ _OTHERWISE = "look at the server's log"
 
 
 class Database:
-    """The settings' database.
+    """The settings' database. Every transaction has a connection of its own, closed after it.
 
-    Args:
-        settings: where it is.
-        keep_connections: for a process that runs batches, one after the other: a transaction takes a connection that
-            is there, tested first, and makes one (5 ms on each side) where there is none. Otherwise every
-            transaction has one of its own, and none stays open between two looks of a sensor.
+    A connection that is kept would have to be tested before each use, after a restart of the server and
+    between batches minutes apart; a new one takes about 5 ms.
     """
 
-    def __init__(self, settings: Settings, *, keep_connections: bool = False) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.name = f"{settings.postgres_host}:{settings.postgres_port}/{settings.postgres_db}"
         self._user = settings.postgres_user
         ssl = {"sslmode": settings.postgres_sslmode} if settings.postgres_sslmode else {}
@@ -84,7 +76,7 @@ class Database:
                 port=settings.postgres_port,
                 database=settings.postgres_db,
             ),
-            **_KEPT if keep_connections else _NOT_KEPT,
+            poolclass=NullPool,
             connect_args={
                 "connect_timeout": _CONNECT_SECONDS,
                 "application_name": "sensor_pipeline",
@@ -100,8 +92,6 @@ class Database:
                 **ssl,
             },
         )
-        # At once, and not when the garbage collector comes by.
-        finalize(self, self._engine.dispose)
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
