@@ -14,7 +14,7 @@ from sensor_pipeline.backlog import TopicBacklog, read_backlog
 from sensor_pipeline.batch import Pipeline, Prepared
 from sensor_pipeline.errors import DataError, SensorPipelineError, UnavailableError
 from sensor_pipeline.kafka import Topic
-from sensor_pipeline.offsets import Batch, OffsetRange, PartitionBacklog, lane_of, pause, plan
+from sensor_pipeline.offsets import Batch, OffsetRange, PartitionBacklog, intersect, lane_of, pause, plan
 from sensor_pipeline.postgres.transaction import Written
 
 log = logging.getLogger(__name__)
@@ -124,12 +124,11 @@ class _Lane:
             committed: Future[None] | None = None
             self._look_ahead(drain)
             while self._ahead:
-                stored = self._store_next()
-                self._look_ahead(drain)
-                if stored:
+                if stored := self._store_next():
                     if committed:
                         committed.result()
                     committed = commit.submit(self._commit, stored)
+                self._look_ahead(drain)
         return list(self._given_up.values())
 
     def _store_next(self) -> Batch | None:
@@ -140,7 +139,11 @@ class _Lane:
         except (DataError, UnavailableError) as error:
             self._note(batch, error)
             return None
-        self._failed = [f for f in self._failed if f[0].partition not in batch.partitions]
+        finally:
+            # A failed drain's error refers to this frame, and would keep what was drained by way of it.
+            del prepared
+        # What failed before this batch's offsets has still to be tried, alone.
+        self._failed = [f for f in self._failed if not intersect([f[0]], batch.ranges)]
         self._on_batch(batch, written)
         return batch
 
@@ -186,7 +189,7 @@ class _Lane:
         try:
             self._pipeline.commit(batch)
         except UnavailableError as error:
-            # `CatchUp` mirrors the whole topic at the end, and says so if that fails too.
+            # The next batch's commit, or the one of the whole topic at the end, makes up for it.
             log.warning("offsets of batch %s are not committed yet: %s", batch, error)
 
     def _note(self, batch: Batch, error: SensorPipelineError) -> None:
@@ -194,5 +197,5 @@ class _Lane:
         tries = Counter(r.partition for r, _ in self._failed)[batch.ranges[0].partition]
         if len(batch.ranges) == 1 and (isinstance(error, DataError) or tries > TRIES):
             self._given_up[batch.ranges[0].partition] = str(error)
-        elif isinstance(error, UnavailableError):
+        elif isinstance(error, UnavailableError) and not self._stopped:
             self._sleep(pause(tries).total_seconds())

@@ -76,7 +76,7 @@ class MessageDecoder:
 
     def decode(self, messages: Sequence[bytes | None], record_ms: NDArray[np.int64]) -> Decoded:
         """Decode messages, each with its Kafka record's timestamp in milliseconds (-1: it has none)."""
-        plain = find_plain(messages, naive_is_utc=self._zone is None)
+        plain = find_plain(messages, most_bytes=self._max_message_bytes, naive_is_utc=self._zone is None)
         others: list[tuple[int, Reading]] = []
         rejected: list[tuple[int, Rejection]] = []
         for place in np.setdiff1d(np.arange(len(messages)), plain.place, assume_unique=True).tolist():

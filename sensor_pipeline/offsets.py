@@ -246,6 +246,9 @@ def _plan_lane(
     together = [b for b in backlogs if not b.gap and b.retry_at() is None]
     # A partition with a gap or a failed batch holds up no other: it is tried alone, in a slot of its own.
     alone = [b for b in backlogs if b not in together and _may_be_tried(b, now, waiting)]
+    if alone:
+        # Nothing is planned ahead before it has had its turn.
+        full_slots = slots
     planned: list[tuple[OffsetRange, ...]] = []
     while len(planned) < full_slots:
         last_slot = len(planned) == slots - 1

@@ -68,11 +68,12 @@ class Plain:
     values: list[bytes]
 
 
-def find_plain(messages: Sequence[bytes | None], *, naive_is_utc: bool) -> Plain:
+def find_plain(messages: Sequence[bytes | None], *, most_bytes: int, naive_is_utc: bool) -> Plain:
     """Decode those of the messages that are plain.
 
     Args:
         messages: values of Kafka messages.
+        most_bytes: a longer message is not plain, nor is one over `LONGEST`.
         naive_is_utc: whether a timestamp without an offset is in UTC; otherwise it is not plain.
     """
     place, decoded = _decode(messages)
@@ -83,7 +84,7 @@ def find_plain(messages: Sequence[bytes | None], *, naive_is_utc: bool) -> Plain
     values = [bytes(message.readings.readings) for message in decoded]
     characters = np.fromiter(map(len, machine_id), np.int64, len(machine_id))
     plain = (
-        _is_plain_text(_Joined(texts), _Joined(values))  # type: ignore[arg-type]
+        _is_plain_text(_Joined(texts), _Joined(values), min(most_bytes, LONGEST))  # type: ignore[arg-type]
         & (characters > 0)
         & (characters <= MAX_MACHINE_ID_CHARACTERS)
         & ~np.isnat(timestamp)
@@ -138,18 +139,22 @@ class _Joined:
         return self.count(self.bytes == ord(byte)) > 0
 
 
-def _is_plain_text(messages: _Joined, values: _Joined) -> NDArray[np.bool_]:
+def _is_plain_text(messages: _Joined, values: _Joined, most_bytes: int) -> NDArray[np.bool_]:
     """Which messages, with `values` as their innermost object, are plain by their bytes."""
-    return _is_flat(messages, values) & _is_utf8(messages) & ~_has_exponent(values) & ~_has_long_number(values)
+    plain: NDArray[np.bool_] = (messages.length <= most_bytes) & _is_flat(messages, values) & _is_utf8(messages)
+    return plain & ~_has_exponent(values) & ~_has_long_number(values)
 
 
 def _is_flat(messages: _Joined, values: _Joined) -> NDArray[np.bool_]:
-    """Not too long, without escapes, and nothing nested in the values or beside them."""
-    flat: NDArray[np.bool_] = (messages.length <= LONGEST) & ~messages.has(b"\\") & ~messages.has(b"[")
-    flat &= values.bytes[values.start] == ord("{")
+    """No escapes, and nothing nested in the values or beside them."""
+    flat: NDArray[np.bool_] = ~messages.has(b"\\") & ~messages.has(b"[")
+    is_object = values.bytes[values.start] == ord("{")
+    flat &= is_object
     braces = messages.bytes == ord("{")
-    # A message without values has two, and could make up for another's fourth.
-    if np.count_nonzero(braces) != _BRACES * len(flat) or values.length.min(initial=3) <= len("{}"):
+    # Only where each message has three at least does their sum say that none has more: one without values, or with
+    # values that are no object, has two.
+    has_three = is_object.all() and values.length.min(initial=_BRACES) > len("{}")
+    if not has_three or np.count_nonzero(braces) != _BRACES * len(flat):
         flat &= messages.count(braces) == _BRACES
     return flat
 

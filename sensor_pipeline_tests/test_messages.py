@@ -843,7 +843,7 @@ def _check_among_plain_ones(value: bytes, by: MessageDecoder, result: Reading | 
 
 
 def plain_places(values: list[bytes | None]) -> list[int]:
-    return find_plain(values, naive_is_utc=True).place.tolist()
+    return find_plain(values, most_bytes=LIMIT, naive_is_utc=True).place.tolist()
 
 
 def test_what_nearly_every_fleet_sends_is_plain() -> None:
@@ -879,12 +879,30 @@ def test_what_nearly_every_fleet_sends_is_plain() -> None:
         b'{"machine_id": "m", "timestamp": "2026-01-01T12:00:00", "readings": {}}',
         b'{"note": "\xff", ' + message()[1:],
         b'{"note": {"deep": 1}, ' + message()[1:],
+        message(values='{"a": {}}'),
+        message(values="null"),
+        message(values="12345"),
+        message(values='"text"'),
     ],
     ids=lambda value: str(value)[:70],
 )
 def test_what_its_bytes_do_not_show_is_left_to_the_rules_alone(value: bytes) -> None:
     without_values = b'{"machine_id": "m", "timestamp": "2026-01-01T12:00:00", "readings": {}}'
     assert plain_places([NEIGHBOUR, value, None, NEIGHBOUR, without_values, b"}{", NEIGHBOUR]) == [0, 3, 6]
+
+
+@pytest.mark.parametrize("short", [b'{"readings": null}', b'{"readings": 12345}', b'{"readings": "text"}', b"{}"])
+@pytest.mark.parametrize("deep", [b'{"readings": {"a": {}}}', b'{"note": {}, "readings": {}}'])
+def test_a_message_with_a_brace_too_few_does_not_make_up_for_one_with_a_brace_too_many(
+    short: bytes, deep: bytes
+) -> None:
+    start = b'{"machine_id": "m", "timestamp": "2026-01-01T12:00:00", "readings": '
+    assert plain_places([start + short + b"}", start + deep + b"}", NEIGHBOUR]) == [2]
+
+
+def test_a_plain_message_over_the_size_limit_is_too_large() -> None:
+    small = decoder(limit=100).decode([NEIGHBOUR], np.array([-1]))
+    assert [rejection.reason for _, rejection in small.rejected] == [Reason.TOO_LARGE]
 
 
 def _is_readable(text: str) -> bool:

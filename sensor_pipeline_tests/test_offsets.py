@@ -222,6 +222,27 @@ def test_only_full_batches_are_planned_beyond_those_in_flight(backlog: int, in_f
     assert [total(batch.ranges) for batch in planned.batches] == sizes
 
 
+@pytest.mark.parametrize("trouble", ["gap", "failed"])
+def test_a_partition_that_is_tried_alone_is_not_kept_waiting_by_what_is_planned_ahead(trouble: str) -> None:
+    """The others have full batches for ever: nothing more is planned ahead until it has had its turn."""
+    failed = ((OffsetRange(0, 0, 100), NOW - timedelta(days=1)),) if trouble == "failed" else ()
+    troubled = PartitionBacklog(partition=0, first=10 if trouble == "gap" else 0, end=1_000, failed=failed)
+    endless = PartitionBacklog(partition=1, first=0, end=100_000)
+    for busy, turn in ((4, False), (2, False), (1, True), (0, True)):
+        planned = plan(
+            [troubled, endless],
+            lanes=1,
+            batch_size=100,
+            in_flight_limit=2,
+            planned_limit=4,
+            in_flight={0: busy},
+            now=NOW,
+        )
+        partitions = [r.partition for batch in planned.batches for r in batch.ranges]
+        assert (0 in partitions) is turn
+        assert len(planned.batches) == max(0, 2 - busy)
+
+
 @untimed
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=8),

@@ -153,6 +153,30 @@ def test_a_batch_that_fails_for_a_while_is_tried_again_after_longer_and_longer_p
     assert len(set(pauses)) == 3
 
 
+def test_what_failed_is_tried_alone_although_batches_after_it_were_ahead_and_succeed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline(replace(settings, batch_size=8))
+    publisher = Publisher(settings)
+    publisher.readings({0: 60, 1: 60})
+    drain = pipeline.drain
+    failed: list[Batch] = []
+
+    def refuse_one_offset(batch: Batch) -> object:
+        if any(r.partition == 1 and r.start <= 10 < r.end for r in batch.ranges):
+            failed.append(batch)
+            raise DataError("it cannot be read")
+        return drain(batch)
+
+    monkeypatch.setattr(pipeline, "drain", refuse_one_offset)
+    runner = CatchUp(pipeline, lambda *_: None)
+    with pytest.raises(DataError, match="it cannot be read"):
+        runner.run(runner.backlog())
+
+    assert [len(batch.ranges) for batch in failed] == [2, 1]
+    assert query(settings, "SELECT count(*) FROM readings WHERE kafka_partition = 0") == [(60,)]
+
+
 def test_a_partition_that_stays_away_is_given_up_and_the_others_come_in(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

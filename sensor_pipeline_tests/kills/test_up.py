@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -63,7 +64,9 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
             up.terminate()
         up.wait(60)
     for pid in stack.processes():
-        os.kill(pid, signal.SIGKILL)
+        # A server's process that lost its client ends by itself.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def published(settings: Settings) -> list[Published]:
@@ -103,7 +106,9 @@ def test_what_up_started_is_started_again_when_it_is_killed_and_a_killed_up_by_t
         for process in (process for group in marked(str(stack.data_dir)).values() for process in group):
             process.kill()
     for pid in stack.processes():
-        os.kill(pid, signal.SIGKILL)
+        # A server's process that lost its client ends by itself.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     stack.up("--no-ui", "--no-simulate")
     settings = stack.settings()
     stack.wait_for(lambda: not lag(settings))
