@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -68,8 +68,8 @@ class CatchUp:
             ]
             with ThreadPoolExecutor(len(lanes), "lane") as pool:
                 try:
-                    for found in pool.map(_Lane.run, lanes):
-                        problems += found
+                    for ended in wait([pool.submit(lane.run) for lane in lanes], return_when=FIRST_EXCEPTION).done:
+                        problems += ended.result()
                 except BaseException:
                     # Also Ctrl-C: the pool waits for its threads, and they for no more than their batches in flight.
                     for lane in lanes:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from threading import Lock
+from threading import Lock, current_thread
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -622,8 +623,17 @@ class AnyHistory(RuleBasedStateMachine):
                 assert len({p % self.settings.lanes for p in batch.partitions}) == 1
                 return self.run_planned(process, batch)
 
-        pipeline.run = run  # type: ignore[method-assign, assignment]
-        runner = CatchUp(pipeline, lambda *_: None, sleep=never)
+        caller = current_thread()
+        # Each batch as a whole where it would be written; what is left to commit is the mirror at the end.
+        whole: Any = SimpleNamespace(
+            settings=pipeline.settings,
+            kafka=pipeline.kafka,
+            database=pipeline.database,
+            prepare=lambda batch: batch,
+            store=lambda batch, _: run(batch),
+            commit=lambda batch: pipeline.commit(batch) if current_thread() is caller else None,
+        )
+        runner = CatchUp(whole, lambda *_: None, sleep=never)
         backlogs = runner.backlog()
         self.learn_whether_known()
         assert self.topic.is_known
