@@ -64,7 +64,7 @@ def test_decoding_a_plain_message_costs_no_call_of_its_own() -> None:
 
 
 def test_messages_that_are_not_plain_cost_the_others_nothing() -> None:
-    """One in a hundred has an escape; a small number (1e-05) or a name beyond ASCII is common too."""
+    """One in a hundred has an escape."""
     values = messages(2_000)
     for at in range(0, len(values), 100):
         values[at] = values[at].replace(b'"Sensor 1"', b'"Sensor \\u00b0"')
@@ -161,8 +161,6 @@ def test_a_batch_takes_as_many_statements_and_connections_for_many_readings_as_f
     assert abs(small.statements - large.statements) <= 3
     assert large.connections <= 5
     assert large.consumers <= 3
-    copied = sum(len(value) for value in values[4_000:])
-    assert large.copied_bytes < copied
     beside = large.copied_bytes - sum(len(_values_of(value)) for value in values[4_000:])
     assert beside / 8_000 < MOST_BYTES_BESIDE_VALUES
 

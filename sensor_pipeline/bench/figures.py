@@ -1,7 +1,8 @@
 """The figures by name: each a function that measures some lines of the table on a site.
 
 Every round of a figure runs the reference, or what it is compared with, right before the pipeline, on a database of its
-own each; the first round is not counted. Before a speed is reported its result was compared with the naive one.
+own each; the first round is not counted. Where it has all of a work in one database, it is compared with the naive
+result, and a difference ends the benchmark.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _QUICK_ROUNDS, _QUICK_READINGS = 3, 200_000
 @click.command("bench")
 @click.argument("figures", nargs=-1)
 @click.option("--list", "list_them", is_flag=True, help="List the figures and what each measures.")
-@click.option("--quick", is_flag=True, help="The throughput figures alone, on less work: under two minutes.")
+@click.option("--quick", is_flag=True, help="The throughput figures alone, on less work.")
 @click.option("--rounds", type=click.IntRange(1), help=f"Counted rounds of each figure (default: {_ROUNDS}).")
 @click.option("--readings", type=click.IntRange(10_000), help=f"Readings in a backlog (default: {_READINGS:,}).")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")

@@ -98,14 +98,14 @@ def until(found: Callable[[], T]) -> T:
 
 
 def sessions(settings: Settings, *, waiting: bool = False) -> list[int]:
-    """The server processes of other sessions at work in the database: all, or those that wait for a lock."""
+    """The server processes of other sessions in the database: all, or those that wait for a lock."""
     with connect(settings).connect() as connection:
         return list(
             connection.scalars(
                 sa.text("""
                     SELECT pid FROM pg_stat_activity
                     WHERE datname = current_database() AND pid != pg_backend_pid() AND backend_type = 'client backend'
-                      AND state <> 'idle' AND (NOT :waiting OR wait_event_type = 'Lock')
+                      AND (NOT :waiting OR wait_event_type = 'Lock')
                     ORDER BY pid
                 """),
                 {"waiting": waiting},
