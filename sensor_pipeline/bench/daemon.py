@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -69,9 +68,9 @@ class Daemon:
         assert isinstance(last, datetime)
         return (last - first.replace(tzinfo=UTC)).total_seconds()
 
-    def launch_seconds(self) -> float:
-        """From a run's launch to its first op, by the median over all runs."""
-        return median(float(seconds) for seconds in self._ask(self.dagster, _LAUNCHES))
+    def launch_seconds(self) -> list[float]:
+        """From each run's launch to its first op."""
+        return [float(seconds) for seconds in self._ask(self.dagster, _LAUNCHES)]
 
     def _ask(self, settings: Settings, question: str) -> list[Any]:
         with self.site.connection(settings) as connection, connection.cursor() as cursor:
