@@ -14,7 +14,17 @@ from sensor_pipeline.backlog import TopicBacklog, read_backlog
 from sensor_pipeline.batch import Pipeline, Prepared
 from sensor_pipeline.errors import DataError, SensorPipelineError, UnavailableError
 from sensor_pipeline.kafka import Topic
-from sensor_pipeline.offsets import Batch, OffsetRange, PartitionBacklog, intersect, lane_of, pause, plan
+from sensor_pipeline.offsets import (
+    Batch,
+    OffsetRange,
+    PartitionBacklog,
+    intersect,
+    lane_of,
+    pause,
+    plan,
+    subtract,
+    total,
+)
 from sensor_pipeline.postgres.transaction import Written
 
 log = logging.getLogger(__name__)
@@ -23,6 +33,8 @@ log = logging.getLogger(__name__)
 _BATCHES_HELD = 2
 # A lane's first batch is this many times smaller than its largest.
 _RAMP = 4
+# What would be left after a batch is taken along where it is at most this share of it: a batch has costs of its own.
+_REST = 0.5
 # A partition whose batch failed is tried again, alone, this often.
 TRIES = 3
 
@@ -75,14 +87,15 @@ class CatchUp:
                     for lane in lanes:
                         lane.stop()
                     raise
-            self._mirror(backlog.topic)
+            self._mirror(backlog.topic, [partition for lane in lanes for partition in lane.behind])
         if problems:
             raise DataError("not all was ingested: " + "; ".join(problems))
 
-    def _mirror(self, topic: Topic) -> None:
+    def _mirror(self, topic: Topic, partitions: Sequence[int]) -> None:
         """Where a process was killed between the two commits of a last batch, no other batch would mend the mirror."""
-        anything = tuple(OffsetRange(partition, 0, 1) for partition in topic.partitions)
-        self._pipeline.commit(Batch(topic.name, topic.kafka_topic_id, anything))
+        if partitions:
+            anything = tuple(OffsetRange(partition, 0, 1) for partition in partitions)
+            self._pipeline.commit(Batch(topic.name, topic.kafka_topic_id, anything))
 
 
 class _Lane:
@@ -90,7 +103,8 @@ class _Lane:
 
     Together they hold at most BATCH_SIZE messages. The first is small, since nothing is written while it is drained,
     and each is twice as large as the one before it.
-    Offsets are committed behind the lane's back: they only mirror what is durable.
+    Offsets are committed behind the lane's back: they only mirror what is durable. `behind` are the partitions for
+    which that was not done.
     """
 
     def __init__(
@@ -107,6 +121,7 @@ class _Lane:
         self._name = backlog.topic.name
         self._ends = {p.partition: p.end for p in backlog.partitions}
         self._lane = lane
+        self.behind = {p for p in backlog.topic.partitions if lane_of(p, pipeline.settings.lanes) == lane}
         self._most = max(1, pipeline.settings.batch_size // _BATCHES_HELD)
         self._size = max(1, self._most // _RAMP)
         self._failed: list[tuple[OffsetRange, datetime]] = []
@@ -166,13 +181,17 @@ class _Lane:
             mine,
             lanes=p.settings.lanes,
             # A batch that a gap will fail is planned at full size, so that it names all that is lost.
-            batch_size=p.settings.batch_size if any(b.gap for b in mine) else self._size,
+            batch_size=p.settings.batch_size if any(b.gap for b in mine) else self._size_for(mine),
             in_flight_limit=1,
             in_flight={},
             # Nothing else runs in this lane meanwhile, so that the pauses are made here (`_note`).
             now=datetime.now(UTC) + timedelta(days=1),
         )
         return Batch(self._name, backlog.topic.kafka_topic_id, planned.batches[0].ranges) if planned.batches else None
+
+    def _size_for(self, backlogs: Sequence[PartitionBacklog]) -> int:
+        left = sum(total(subtract(b.unread, b.in_flight)) for b in backlogs)
+        return max(1, min(left, self._most)) if left <= (1 + _REST) * self._size else self._size
 
     def _as_left(self, backlog: PartitionBacklog) -> PartitionBacklog | None:
         """A partition as this lane sees it; None while a batch of it is ahead that may fail."""
@@ -186,11 +205,14 @@ class _Lane:
         return replace(backlog, in_flight=(*ahead, later), failed=failed)
 
     def _commit(self, batch: Batch) -> None:
+        self.behind.update(batch.partitions)
         try:
             self._pipeline.commit(batch)
         except UnavailableError as error:
-            # The next batch's commit, or the one of the whole topic at the end, makes up for it.
+            # The next batch's commit, or the topic's at the end, makes up for it.
             log.warning("offsets of batch %s are not committed yet: %s", batch, error)
+        else:
+            self.behind.difference_update(batch.partitions)
 
     def _note(self, batch: Batch, error: SensorPipelineError) -> None:
         self._failed += [(r, datetime.now(UTC)) for r in batch.ranges]

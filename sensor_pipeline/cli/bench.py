@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ _QUICK_ROUNDS, _QUICK_READINGS = 3, 200_000
 @click.command("bench")
 @click.argument("figures", nargs=-1)
 @click.option("--list", "list_them", is_flag=True, help="List the figures and what each measures.")
-@click.option("--quick", is_flag=True, help="The throughput figures alone, on less work.")
+@click.option("--quick", is_flag=True, help="Throughput alone, on less work, against no limit: in under two minutes.")
 @click.option("--rounds", type=click.IntRange(1), help=f"Counted rounds of each figure (default: {_ROUNDS}).")
 @click.option("--readings", type=click.IntRange(10_000), help=f"Readings in a backlog (default: {_READINGS:,}).")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
@@ -71,7 +72,8 @@ def command(
             say=lambda what: bar.update(task, description=what),
         )
         for name in names:
-            measured += FIGURES[name](site, effort)
+            # What is asked holds for the whole work: on little of it, a process's start is much.
+            measured += [replace(line, bound=None) if quick else line for line in FIGURES[name](site, effort)]
             bar.advance(task)
     click.echo(json.dumps([_as_json(line) for line in measured], indent=2)) if as_json else _print(measured)
     if any(line.reaches is False for line in measured):

@@ -176,6 +176,8 @@ def make_client(
             {
                 **quiet,
                 "topic.metadata.refresh.interval.ms": 60_000,
+                "reconnect.backoff.ms": 1,
+                "topic.metadata.refresh.fast.interval.ms": 10,
                 "reconnect.backoff.max.ms": 1_000,
                 **user_properties,
                 **properties,
