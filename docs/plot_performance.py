@@ -25,7 +25,7 @@ def main() -> None:
         panels.append(panel(title, points, left=GAP + len(panels) * (WIDTH + GAP)))
     size = f'width="{2 * (WIDTH + GAP) + GAP}" height="{HEIGHT + 2 * GAP}"'
     style = "text{font:12px sans-serif;fill:#555}line{stroke:#ccc}"
-    picture = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{"".join(panels)}</svg>\n'
+    picture = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(panels)}</svg>\n'
     Path(__file__).with_name("performance.svg").write_text(picture)
 
 
@@ -42,11 +42,13 @@ def panel(title: str, points: list[tuple[int, list[float]]], left: int) -> str:
         x, y = place(0, step)
         parts.append(f'<line x1="{x}" y1="{y}" x2="{x + WIDTH}" y2="{y}"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{step // 1000} k</text>')
-    for at, values in points:
+    for number, (at, values) in enumerate(points):
         (x, low), (_, high) = place(at, min(values)), place(at, max(values))
         parts.append(f'<line x1="{x}" y1="{low}" x2="{x}" y2="{high}" style="stroke:#06c;stroke-width:2"/>')
         label = f"{at / 1e6:g} M" if at >= 1_000_000 else f"{at // 1000} k"
-        parts.append(f'<text x="{x}" y="{GAP + HEIGHT + 18}" text-anchor="middle">{label}</text>')
+        # Two rows of labels: small sizes stand close together.
+        below = GAP + HEIGHT + (18 if number % 2 else 34)
+        parts.append(f'<text x="{x}" y="{below}" text-anchor="middle">{label}</text>')
     curve = " ".join("{},{}".format(*place(at, median(values))) for at, values in points)
     parts.append(f'<polyline points="{curve}" fill="none" stroke="#06c" stroke-width="2"/>')
     dots = (place(at, median(values)) for at, values in points)

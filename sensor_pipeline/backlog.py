@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sensor_pipeline.kafka import Kafka, Topic
-from sensor_pipeline.offsets import OffsetRange, PartitionBacklog
+from sensor_pipeline.offsets import OffsetRange, PartitionBacklog, intersect
 from sensor_pipeline.postgres import ledger
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.ledger import FirstStart
@@ -58,6 +58,18 @@ def read_backlog(
         partitions = tuple(replace(p, log_end=log_ends[p.partition]) for p in backlog.partitions)
         backlog = replace(backlog, partitions=partitions)
     return backlog
+
+
+def oldest_unread(kafka: Kafka, backlog: TopicBacklog) -> datetime | None:
+    """The timestamp of the oldest record that is not ingested, by the first one of each partition; None without any."""
+    starts = {p.partition: r.start for p in backlog.partitions if not p.cut_off and (r := _first_unread(p))}
+    return min(kafka.timestamps(backlog.topic, starts).values(), default=None) if starts else None
+
+
+def _first_unread(partition: PartitionBacklog) -> OffsetRange | None:
+    there = OffsetRange(partition.partition, partition.first, max(partition.first, partition.end))
+    left = intersect(partition.unread, [there])
+    return left[0] if left else None
 
 
 def register_topic(settings: Settings, kafka: Kafka, database: Database, topic: Topic) -> None:

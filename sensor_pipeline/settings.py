@@ -70,6 +70,10 @@ class Settings:
     max_message_bytes: int = 1_048_576
     max_rejected_share: float | None = None
     naive_timestamp_tz: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
+    stale_after: timedelta = timedelta(minutes=10)
+    silent_after: timedelta = timedelta(hours=1)
+    runs_kept_days: int = 14
+    batches_kept_days: int = 90
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -214,6 +218,10 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "MAX_MESSAGE_BYTES": ("max_message_bytes", _whole(1, 100_000_000)),
     "MAX_REJECTED_SHARE": ("max_rejected_share", _share),
     "NAIVE_TIMESTAMP_TZ": ("naive_timestamp_tz", _zone),
+    "STALE_AFTER": ("stale_after", parse_duration),
+    "SILENT_AFTER": ("silent_after", parse_duration),
+    "RUNS_KEPT_DAYS": ("runs_kept_days", _whole(1, 100_000)),
+    "BATCHES_KEPT_DAYS": ("batches_kept_days", _whole(1, 100_000)),
 }
 
 

@@ -29,6 +29,10 @@ DEFAULTS: dict[str, Any] = {
     "MAX_MESSAGE_BYTES": 1_048_576,
     "MAX_REJECTED_SHARE": None,
     "NAIVE_TIMESTAMP_TZ": ZoneInfo("UTC"),
+    "STALE_AFTER": timedelta(minutes=10),
+    "SILENT_AFTER": timedelta(hours=1),
+    "RUNS_KEPT_DAYS": 14,
+    "BATCHES_KEPT_DAYS": 90,
 }
 
 SSL_MODES = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
@@ -57,6 +61,10 @@ VALID: list[tuple[str, str, Any]] = [
     ("START_FROM", "group", "group"),
     ("START_FROM", "2026-01-01", datetime(2026, 1, 1, tzinfo=UTC)),
     ("START_FROM", "2026-01-01T12:00:00+01:00", datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=1)))),
+    ("STALE_AFTER", "90 s", timedelta(seconds=90)),
+    ("SILENT_AFTER", "2 days", timedelta(days=2)),
+    ("RUNS_KEPT_DAYS", "1", 1),
+    ("BATCHES_KEPT_DAYS", "100000", 100_000),
     ("MAX_FUTURE", "0s", timedelta(0)),
     ("MAX_FUTURE", "90 seconds", timedelta(seconds=90)),
     ("MAX_FUTURE", "999999999 days", timedelta(days=999_999_999)),
@@ -75,6 +83,10 @@ WHOLE = "a whole number from"
 DURATION = "a duration such as 30s, 15min, 12h, 1 day or 2w"
 SHARE = "a share such as 0.2 or 20%, from 0 to 1"
 INVALID: list[tuple[str, str, str]] = [
+    ("STALE_AFTER", "soon", "must be a duration"),
+    ("SILENT_AFTER", "1", "must be a duration"),
+    ("RUNS_KEPT_DAYS", "0", "must be a whole number from 1"),
+    ("BATCHES_KEPT_DAYS", "1.5", "must be a whole number from 1"),
     ("KAFKA_BOOTSTRAP_SERVERS", "localhost", PORTS),
     ("KAFKA_BOOTSTRAP_SERVERS", ":9092", PORTS),
     ("KAFKA_BOOTSTRAP_SERVERS", "localhost:", PORTS),

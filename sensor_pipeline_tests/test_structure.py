@@ -23,7 +23,7 @@ FLOORS = [
     ["messages"],
     ["drained"],
     ["kafka", "postgres"],
-    ["backlog", "publish"],
+    ["backlog", "publish", "pace", "timeline"],
     ["batch"],
     ["catch_up"],
     ["embedded", "orchestration"],

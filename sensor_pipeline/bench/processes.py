@@ -9,14 +9,17 @@ import tempfile
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from sensor_pipeline.errors import UnavailableError
 from sensor_pipeline.settings import Settings
 
+_POLL_SECONDS = 0.01
+
 
 @dataclass(frozen=True)
 class Ran:
-    """What a process took, by the operating system's account of it: seconds, seconds of CPU, and MB at its peak."""
+    """What a process took: seconds, seconds of CPU, and MB at its peak."""
 
     seconds: float
     cpu_seconds: float
@@ -58,11 +61,26 @@ def run(arguments: list[str], settings: Settings) -> Ran:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        peak_kb = 0
+        while True:
+            peak_kb = max(peak_kb, _peak_kb(process.pid))
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(_POLL_SECONDS)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             output.seek(0)
             said = output.read().decode(errors="replace").strip().splitlines()[-1:]
             raise UnavailableError(f"{' '.join(arguments)} ended with {process.returncode}: {''.join(said)}")
-    return Ran(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Ran(seconds, usage.ru_utime + usage.ru_stime, (peak_kb or usage.ru_maxrss) / 1024)
+
+
+def _peak_kb(pid: int) -> int:
+    """A process's peak so far, 0 where /proc does not say; what wait4 says counts the process that started it too."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), 0)

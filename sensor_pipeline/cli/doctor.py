@@ -31,7 +31,7 @@ _RIGHTS = {
     "readings_horizon": "SELECT",
     "rejected_messages": "SELECT, INSERT",
     "ingested_offsets": "SELECT, INSERT, UPDATE",
-    "batches": "SELECT, INSERT",
+    "batches": "SELECT, INSERT, DELETE",
     "accepted_gaps": "SELECT, INSERT",
 }
 
@@ -169,10 +169,17 @@ def _dagster(env: Mapping[str, str]) -> str:
         )
     from dagster import DagsterInstance
 
+    from sensor_pipeline.orchestration.instance import find_wrong
+
     os.environ.update(env)  # dagster.yaml refers to the environment
     try:
         with DagsterInstance.get() as instance:
             runs = instance.get_runs_count()
+            wrong = list(find_wrong(instance))
     except Exception as error:
         raise ConfigurationError(f"the instance in {home} does not open: {str(error).splitlines()[0]}") from error
-    return f"instance in {home}, {runs} runs"
+    if wrong:
+        raise ConfigurationError(f"instance in {home}: {'; '.join(wrong)}")
+    return (
+        f"instance in {home}, {runs:,} runs; its queue, lane limits, monitoring, storage and daemon are as they must be"
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 
-from confluent_kafka import IsolationLevel, TopicCollection, TopicPartition
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, IsolationLevel, KafkaError, TopicCollection, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from sensor_pipeline.drained import Records
@@ -122,6 +123,27 @@ class Kafka(Connection):
             TopicReplacedError: the topic is not, or no longer, the one that the batch was planned for.
         """
         return Drain(self, batch, wanted, self._stall_timeout).run()
+
+    def timestamps(self, topic: Topic, offsets: Mapping[int, int]) -> dict[int, datetime]:
+        """For each partition the timestamp of the first record from an offset on; what has none in time is left out."""
+        wanted = dict(offsets)
+        found: dict[int, datetime] = {}
+        with self.consumer() as consumer:
+            consumer.assign([TopicPartition(topic.name, p, offset) for p, offset in sorted(offsets.items())])
+            deadline = time.monotonic() + self.timeout
+            while wanted and (left := deadline - time.monotonic()) > 0:
+                for message in self.call(partial(consumer.consume, len(wanted), min(left, 1)), topic.name):
+                    partition = message.partition()
+                    if partition not in wanted:
+                        continue
+                    error = message.error()
+                    if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                        raise self.error(error, topic.name)
+                    del wanted[partition]
+                    kind, milliseconds = message.timestamp()
+                    if error is None and kind != TIMESTAMP_NOT_AVAILABLE:
+                        found[partition] = datetime.fromtimestamp(milliseconds / 1000, UTC)
+        return found
 
     def _committed(self, topic: Topic) -> list[TopicPartition]:
         wanted = [TopicPartition(topic.name, p) for p in topic.partitions]

@@ -3,6 +3,7 @@
 So re-executing a run in the UI is running its batch again.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,19 @@ SCHEMA = {
 }
 
 
+_TOPIC_ID = re.compile(r"[A-Za-z0-9+/_-]{22}")
+
+
+def example(topic: str) -> dict[str, Any]:
+    """What the Launchpad starts with: a batch to be filled in, which is refused as long as it is not."""
+    config = {
+        "topic": topic,
+        "kafka_topic_id": "the id that `sensor-pipeline doctor` says",
+        "ranges": [{"partition": 0, "start": 0, "end": 1000}],
+    }
+    return {"resources": {RESOURCE: {"config": config}}}
+
+
 def to_run_config(batch: Batch) -> dict[str, Any]:
     """The run config of a batch."""
     ranges = [{"partition": r.partition, "start": r.start, "end": r.end} for r in batch.ranges]
@@ -42,10 +56,16 @@ def to_batch(config: Mapping[str, Any]) -> Batch:
     """The batch of a validated resource config.
 
     Raises:
-        ConfigurationError: two ranges of one partition, or a range that ends before it starts.
+        ConfigurationError: two ranges of one partition, a range that ends before it starts, or no topic id.
     """
+    topic_id = config["kafka_topic_id"]
+    if not _TOPIC_ID.fullmatch(topic_id):
+        raise ConfigurationError(
+            f"kafka_topic_id {topic_id!r} is no topic id of Kafka (22 letters, digits, '+' or '/'): fill in the one "
+            f"that `sensor-pipeline doctor` says of topic {config['topic']}, and the ranges"
+        )
     ranges = tuple(OffsetRange(r["partition"], r["start"], r["end"]) for r in config["ranges"])
-    return Batch(config["topic"], config["kafka_topic_id"], ranges)
+    return Batch(config["topic"], topic_id, ranges)
 
 
 def of_run(run_config: Mapping[str, Any]) -> Batch | None:

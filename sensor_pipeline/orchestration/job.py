@@ -1,14 +1,10 @@
 """The job `ingest_batch`: one batch, one run, in the steps of `sensor_pipeline.batch`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import pandas as pd
 from dagster import (
-    Failure,
     In,
     InitResourceContext,
     InputContext,
@@ -26,12 +22,14 @@ from dagster import (
     op,
 )
 
-from sensor_pipeline.backlog import read_backlog
+from sensor_pipeline.backlog import oldest_unread, read_backlog
 from sensor_pipeline.batch import Pipeline, Stopwatch
 from sensor_pipeline.drained import Drained
 from sensor_pipeline.errors import SensorPipelineError
 from sensor_pipeline.offsets import Batch
-from sensor_pipeline.orchestration import config, report
+from sensor_pipeline.orchestration import assets, config, report, tags
+from sensor_pipeline.orchestration.explained import failures_explained
+from sensor_pipeline.postgres.figures import count_rows
 from sensor_pipeline.postgres.transaction import Origin, Written
 from sensor_pipeline.settings import Settings
 
@@ -69,7 +67,7 @@ class BatchIO(IOManager):
         assert upstream is not None
         name = upstream.op_def.name
         if name not in self._held:
-            with _failures_explained():
+            with failures_explained():
                 self._make("drain")
                 if name == "detect":
                     self._make("detect")
@@ -92,7 +90,7 @@ class BatchIO(IOManager):
 def drain(context: OpExecutionContext) -> Drained:
     """Read the batch's messages from Kafka, without what the ledger holds already, and decode them."""
     run: BatchRun = context.resources.batch
-    with _failures_explained(), run.stopwatch.stage("drain"):
+    with failures_explained(context), run.stopwatch.stage("drain"):
         drained = run.pipeline.drain(run.batch)
     context.add_output_metadata(report.drained(run.batch, drained))
     return drained
@@ -102,7 +100,7 @@ def drain(context: OpExecutionContext) -> Drained:
 def detect(context: OpExecutionContext, drained: Drained) -> pd.DataFrame:
     """Sort the readings into each machine's event-time order and find where failures start and end."""
     run: BatchRun = context.resources.batch
-    with _failures_explained(), run.stopwatch.stage("detect"):
+    with failures_explained(context), run.stopwatch.stage("detect"):
         detected = run.pipeline.detect(drained)
     context.add_output_metadata(report.detected(detected))
     return detected
@@ -113,28 +111,40 @@ def write(context: OpExecutionContext, drained: Drained, detected: pd.DataFrame)
     """Write readings, failures, rejected messages, batch log and ledger in one transaction of PostgreSQL."""
     run: BatchRun = context.resources.batch
     origin = Origin(run.started_at, context.run_id, run.stopwatch.seconds)
-    with _failures_explained(), run.stopwatch.stage("write"):
+    with failures_explained(context), run.stopwatch.stage("write"):
         written = run.pipeline.write(run.batch, drained, detected, origin)
-    seconds = (datetime.now(UTC) - run.started_at).total_seconds()
+    at = datetime.now(UTC)
+    took, stages, left = at - run.started_at, run.stopwatch.seconds, _left(context, run)
     context.log.info(_outcome(run.batch, written))
-    context.add_output_metadata(report.written(written, seconds, run.stopwatch.seconds))
+    context.add_output_metadata(report.written(written, took, stages) | report.left(left, at))
+    outcome = "already ingested" if written.batch_id is None else "ingested"
+    context.instance.add_run_tags(context.run_id, tags.of_run(run.batch, outcome, detected["machine"].nunique()))
+    with failures_explained(context), run.pipeline.database.begin() as connection:
+        rows = count_rows(connection)
+    for event in assets.materializations(rows, report.of_assets(written, detected, rows, left, at, took, stages)):
+        context.log_event(event)
 
 
 @op(ins={"written": In(Nothing)}, out=Out(Nothing), required_resource_keys={config.RESOURCE})
 def commit(context: OpExecutionContext) -> None:
     """Mirror the ledger to the consumer group's offsets, for the tools that show lag."""
     run: BatchRun = context.resources.batch
-    with _failures_explained(), run.stopwatch.stage("commit"):
+    with failures_explained(context), run.stopwatch.stage("commit"):
         committed = run.pipeline.commit(run.batch)
-    with _failures_explained():
-        pipeline = run.pipeline
-        backlog = read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, run.batch.topic)
     context.add_output_metadata(
-        {
-            "committed offsets": MetadataValue.json({str(p): offset for p, offset in committed.items()}),
-            "remaining lag": backlog.lag,
-        }
+        {"committed offsets": MetadataValue.json({str(p): offset for p, offset in committed.items()})}
     )
+
+
+def _left(context: OpExecutionContext, run: BatchRun) -> report.Left | None:
+    """What is left of the topic. The batch is durable by now, so that a Kafka that is away only leaves it unsaid."""
+    pipeline = run.pipeline
+    try:
+        backlog = read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, run.batch.topic)
+        return report.Left(backlog.lag, oldest_unread(pipeline.kafka, backlog))
+    except SensorPipelineError as error:
+        context.log.warning(f"what is left of topic {run.batch.topic} is not known: {error}")
+        return None
 
 
 @graph
@@ -151,7 +161,7 @@ def build_job(settings: Settings) -> JobDefinition:
     """The job with these settings."""
 
     def make_run(context: InitResourceContext) -> BatchRun:
-        with _failures_explained():
+        with failures_explained():
             return BatchRun(config.to_batch(context.resource_config), Pipeline(settings))
 
     def make_io(context: InitResourceContext) -> BatchIO:
@@ -163,19 +173,10 @@ def build_job(settings: Settings) -> JobDefinition:
             config.RESOURCE: ResourceDefinition(make_run, config.SCHEMA, description="The batch that the run owns."),
             "batch_io": IOManagerDefinition(make_io, required_resource_keys={config.RESOURCE}),
         },
+        config=config.example(settings.kafka_topics[0]),
         # A process for each op would take longer to start than the batch takes.
         executor_def=in_process_executor,
     )
-
-
-@contextmanager
-def _failures_explained() -> Iterator[None]:
-    """An error of ours fails the run with its one line as the description."""
-    try:
-        yield
-    except SensorPipelineError as error:
-        kind: Any = MetadataValue.text(type(error).__name__)
-        raise Failure(description=str(error), metadata={"error": kind}, allow_retries=False) from error
 
 
 def _outcome(batch: Batch, written: Written) -> str:

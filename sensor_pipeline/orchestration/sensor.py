@@ -1,7 +1,8 @@
 """`backlog_sensor`: looks at offsets and launches batches. It never consumes, commits or carries a message."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -31,15 +32,12 @@ from sensor_pipeline.offsets import (
     lane_of,
     pause,
     plan,
+    total,
 )
-from sensor_pipeline.orchestration import config
+from sensor_pipeline.orchestration import config, tags
+from sensor_pipeline.pace import PaceWatch
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.settings import BATCHES_IN_FLIGHT, BATCHES_PLANNED, Settings
-
-# dagster.yaml limits the runs of a lane by this tag.
-LANE_TAG = "lane"
-TOPIC_TAG = "topic"
-RANGES_TAG = "ranges"
 
 _IN_FLIGHT = [
     DagsterRunStatus.NOT_STARTED,
@@ -54,7 +52,8 @@ _FAILED_WITHIN = timedelta(hours=1)
 _FAILED_AT_MOST = 500
 # A tick has 60 s; a Kafka that does not answer must leave time to say so.
 _KAFKA_SECONDS = 10
-_TAG_CHARACTERS = 200
+# Of the batches in flight, so many are named.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,14 @@ class Runs:
     failed: Sequence[tuple[Batch, datetime]]
 
 
-def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
-    """The sensor with these settings; it is on from the start."""
+def build_sensor(
+    settings: Settings, job: JobDefinition, *, clock: Callable[[], float] = time.monotonic
+) -> SensorDefinition:
+    """The sensor with these settings; it is on from the start. `clock` gives seconds that only go forward."""
     kafka = Kafka(settings, timeout=_KAFKA_SECONDS)
     database = Database(settings)
     mirror = MirrorWatch(kafka)
+    paces: dict[str, PaceWatch] = defaultdict(PaceWatch)
 
     @sensor(
         name="backlog_sensor",
@@ -78,7 +80,7 @@ def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
         default_status=DefaultSensorStatus.RUNNING,
         description="Plans batches from the ledger and Kafka's offsets, and launches a run for each.",
     )
-    def backlog_sensor(context: SensorEvaluationContext) -> SensorResult | SkipReason:
+    def backlog_sensor(context: SensorEvaluationContext) -> SensorResult:
         # Before the ledger: a run that ends between the two is then in the ledger, and not planned again.
         runs = read_runs(context.instance, job.name)
         requests: list[RunRequest] = []
@@ -93,13 +95,22 @@ def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
                 context.log.error(str(error))
             else:
                 requests += planned
-                said.append(sentence)
+                said += [sentence, *_pace(paces[backlog.topic.kafka_topic_id], clock(), backlog)]
         if settings.is_slow:
             said.append(settings.capacity_note())
-        context.log.info("; ".join(said))
-        return SensorResult(run_requests=requests) if requests else SkipReason("; ".join(said))
+        # A tick that launches has no reason to show, but each one's cursor is shown, and nothing else is kept in it.
+        reason = "; ".join(said)
+        context.log.info(reason)
+        return SensorResult(requests, None if requests else SkipReason(reason), cursor=reason)
 
     return backlog_sensor
+
+
+def _pace(watch: PaceWatch, now: float, backlog: TopicBacklog) -> list[str]:
+    pace = watch.see(now, sum(p.end for p in backlog.partitions), backlog.lag)
+    if pace is None or not pace.falls_behind:
+        return []
+    return [f"falling behind: {pace.arriving:,.0f} readings/s in, {pace.ingested:,.0f} out"]
 
 
 def read_runs(instance: DagsterInstance, job_name: str) -> Runs:
@@ -167,10 +178,25 @@ def _plan_topic(
             waiting.append("the group's offsets are behind the ledger, and are mended")
             planned.append(Planned(lane_of(behind[0].partition, settings.lanes), behind))
     requests = [_request(Batch(topic.name, topic.kafka_topic_id, p.ranges), p) for p in planned]
-    launched = f"{len(requests)} batches launched" if requests else "nothing to launch"
-    return requests, "; ".join(
-        [f"topic {topic.name}: lag {backlog.lag:,}, {len(mine)} in flight, {launched}", *waiting]
-    )
+    return requests, "; ".join([_state(settings, backlog, mine), _launched(planned), *waiting])
+
+
+def _state(settings: Settings, backlog: TopicBacklog, in_flight: Sequence[Batch]) -> str:
+    lags = Counter(dict.fromkeys(range(settings.lanes), 0))
+    for partition in backlog.partitions:
+        lags[lane_of(partition.partition, settings.lanes)] += partition.lag
+    of_lanes = "" if settings.lanes == 1 else f" ({', '.join(f'lane {k}: {lag:,}' for k, lag in lags.items())})"
+    named = "; ".join(" ".join(map(str, batch.ranges)) for batch in sorted(in_flight, key=lambda b: b.ranges)[:_NAMED])
+    more = "; …" if len(in_flight) > _NAMED else ""
+    flying = f"{len(in_flight)} in flight" + (f" ({named}{more})" if in_flight else "")
+    return f"topic {backlog.topic.name}: lag {backlog.lag:,}{of_lanes}, {flying}"
+
+
+def _launched(planned: Sequence[Planned]) -> str:
+    if not planned:
+        return "nothing to launch"
+    sizes = ", ".join(f"{total(p.ranges):,} offsets in lane {p.lane}" for p in planned)
+    return f"{len(planned)} {'batch' if len(planned) == 1 else 'batches'} launched: {sizes}"
 
 
 def _with_runs(
@@ -189,12 +215,7 @@ def _of(batch: Batch, partition: int) -> list[OffsetRange]:
 
 def _request(batch: Batch, planned: Planned) -> RunRequest:
     # No run key: a failed run would block its key for good.
-    ranges = " ".join(map(str, batch.ranges))
     return RunRequest(
         run_config=config.to_run_config(batch),
-        tags={
-            TOPIC_TAG: batch.topic,
-            LANE_TAG: f"{planned.lane}@{batch.topic}",
-            RANGES_TAG: ranges if len(ranges) <= _TAG_CHARACTERS else ranges[:_TAG_CHARACTERS] + "…",
-        },
+        tags={**tags.of_batch(batch), tags.LANE: f"{planned.lane}@{batch.topic}"},
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+import pandas as pd
 import sqlalchemy as sa
+
+from sensor_pipeline.postgres.failure_rows import UTC_MICROSECONDS, to_frame
 
 _TOTALS = sa.text("""
     SELECT (SELECT coalesce(sum(readings), 0) FROM ingested_offsets)::bigint AS readings,
@@ -13,6 +17,28 @@ _TOTALS = sa.text("""
            (SELECT count(*) FROM machines) AS machines,
            (SELECT count(*) FROM failures) AS failures,
            (SELECT count(*) FROM failures WHERE is_active) AS active_failures
+""")
+# Up to a hundred thousand rows are counted; beyond that it is the planner's estimate that is cheap at any size.
+_COUNTED = """(
+    SELECT CASE WHEN count(*) <= 100000 THEN count(*) ELSE greatest(
+        count(*), (SELECT reltuples FROM pg_class WHERE oid = '{table}'::regclass)::bigint
+    ) END
+    FROM (SELECT FROM {table} LIMIT 100001) AS first
+)"""
+_ROWS = sa.text(f"""
+    SELECT (SELECT coalesce(sum(readings), 0) FROM ingested_offsets)::bigint AS readings,
+           (SELECT coalesce(sum(rejected), 0) FROM ingested_offsets)::bigint AS rejected_messages,
+           {_COUNTED.format(table="machines")} AS machines,
+           {_COUNTED.format(table="failures")} AS failures,
+           (SELECT count(*) FROM failures WHERE is_active) AS active_failures
+""")
+_SILENT = sa.text("""
+    SELECT machine_id, last_seen, count(*) OVER () AS machines FROM machines
+    WHERE last_seen < :since ORDER BY last_seen DESC, id LIMIT :most
+""")
+_FAILED = sa.text("""
+    SELECT m.machine_id, f.start_time, f.end_time FROM failures f JOIN machines m ON m.id = f.machine_id
+    WHERE f.start_time < :until AND (f.is_active OR f.end_time >= :since) ORDER BY f.start_time, f.id
 """)
 _REASONS = sa.text("SELECT reason, count(*) AS messages FROM rejected_messages GROUP BY reason ORDER BY reason")
 _LAST_BATCHES = sa.text("""
@@ -42,3 +68,39 @@ def read_figures(connection: sa.Connection, last_batches: int) -> Figures:
     reasons = {row.reason: row.messages for row in connection.execute(_REASONS)}
     batches = [dict(row._mapping) for row in connection.execute(_LAST_BATCHES, {"count": last_batches})]
     return Figures(**totals._mapping, rejected_by_reason=reasons, last_batches=batches)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows the tables have: an estimate for machines and failures where there are more than 100,000."""
+
+    readings: int
+    rejected_messages: int
+    machines: int
+    failures: int
+    active_failures: int
+
+
+def count_rows(connection: sa.Connection) -> Rows:
+    """The rows as they are now, in some milliseconds at any size."""
+    return Rows(**connection.execute(_ROWS).one()._mapping)
+
+
+@dataclass(frozen=True)
+class Silent:
+    """How many machines have not been heard of since some time, and the last event times of some, latest first."""
+
+    machines: int
+    latest: dict[str, datetime]
+
+
+def find_silent(connection: sa.Connection, since: datetime, most: int) -> Silent:
+    """Machines whose latest reading is older than `since`; at most `most` of them by name."""
+    rows = connection.execute(_SILENT, {"since": since, "most": most}).all()
+    return Silent(rows[0].machines if rows else 0, {row.machine_id: row.last_seen for row in rows})
+
+
+def failures_between(connection: sa.Connection, since: datetime, until: datetime) -> pd.DataFrame:
+    """`machine` (its name), `start` and `end` (datetime64[us, UTC], NaT while active) of failures in some time."""
+    rows = connection.execute(_FAILED, {"since": since, "until": until})
+    return to_frame(rows, {"machine": "object", "start": UTC_MICROSECONDS, "end": UTC_MICROSECONDS})

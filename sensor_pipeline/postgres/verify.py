@@ -91,6 +91,18 @@ _TWICE = f"""
     ) AS r
     GROUP BY topic_id, kafka_partition, kafka_offset HAVING count(*) > 1
 """
+_OVERLAPS = """
+    SELECT 'machine ' || m.machine_id || ': failure ' || f.id || ' starts at ' || f.start_time
+        || ', before an earlier one ended' AS said
+    FROM (
+        SELECT id, machine_id, start_time, max(coalesce(end_time, 'infinity')) OVER (
+            PARTITION BY machine_id ORDER BY start_time, end_time NULLS LAST, id
+            ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ) AS others_end
+        FROM failures
+    ) AS f JOIN machines m ON m.id = f.machine_id
+    WHERE f.start_time < f.others_end
+"""
 _REFERENCES = f"""
     SELECT {_READING} || ': ' || concat_ws(', ',
         CASE WHEN m.id IS NULL THEN 'there is no machine ' || r.machine_id END,
@@ -128,17 +140,35 @@ class Check:
     remedy: str = _RESTORE
 
 
-CHECKS = (
+CONSERVATION = (
     Check("every logged batch adds up", _BATCHES, reads_readings=False),
     Check("every logged batch is in the ledger", _LOGGED, reads_readings=False),
+)
+LEDGER_TOTALS = (
     Check("the ledger's totals add up to its offsets", _TOTALS, reads_readings=False),
     Check("the accepted gaps are the ledger's lost offsets", _GAPS, reads_readings=False),
+)
+REJECTED = (
     Check(
         "there are as many rejected messages as the ledger says",
         _HELD.format(total="rejected", table="rejected_messages"),
         reads_readings=False,
     ),
     Check("every rejected message is in the ledger", _OUTSIDE.format(table="rejected_messages"), reads_readings=False),
+)
+OVERLAPS = (
+    Check(
+        "no two failures of a machine overlap",
+        _OVERLAPS,
+        reads_readings=False,
+        remedy="run `sensor-pipeline recompute`, which makes them from the readings again",
+    ),
+)
+CHECKS = (
+    *CONSERVATION,
+    *LEDGER_TOTALS,
+    *REJECTED,
+    *OVERLAPS,
     Check(
         "there are as many readings as the ledger says",
         _HELD.format(total="readings", table="readings"),

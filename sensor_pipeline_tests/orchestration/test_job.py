@@ -72,7 +72,7 @@ def test_a_run_brings_its_batch_to_the_oracles_rows_and_says_what_it_did(
     assert ended
     assert said["failures ended"] == len(ended)
     assert {r.data["machine"] for r in said["failures"].records} == {"machine-0", "machine-1"}
-    assert metadata(result, "commit")["remaining lag"] == 0
+    assert said["lag left"] == 0
     assert pipeline.kafka.committed_offsets(pipeline.kafka.topic(batch.topic)) == {
         r.partition: r.end for r in batch.ranges
     }

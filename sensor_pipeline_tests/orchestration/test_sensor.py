@@ -18,9 +18,10 @@ from dagster import (
 )
 
 from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.orchestration import tags
 from sensor_pipeline.orchestration.config import of_run, to_run_config
 from sensor_pipeline.orchestration.job import build_job
-from sensor_pipeline.orchestration.sensor import LANE_TAG, RANGES_TAG, build_sensor
+from sensor_pipeline.orchestration.sensor import build_sensor
 from sensor_pipeline.postgres.transaction import Origin
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.producing import group_offsets
@@ -44,10 +45,12 @@ def publish(settings: Settings, count: int, partitions: int = 4) -> Publisher:
 def tick(settings: Settings, instance: DagsterInstance) -> tuple[list[RunRequest], str]:
     """What one tick launches, and what it says."""
     result = build_sensor(settings, build_job(settings))(build_sensor_context(instance=instance))
-    if isinstance(result, SkipReason):
-        return [], result.skip_message or ""
     assert isinstance(result, SensorResult)
-    return list(result.run_requests or ()), ""
+    said = result.cursor or ""
+    skipped = result.skip_reason
+    assert (skipped is None) == bool(result.run_requests)
+    assert skipped is None or (isinstance(skipped, SkipReason) and skipped.skip_message == said)
+    return list(result.run_requests or ()), said
 
 
 def record(instance: DagsterInstance, settings: Settings, request: RunRequest, status: DagsterRunStatus) -> None:
@@ -67,10 +70,14 @@ def test_a_backlog_becomes_one_batch_a_lane_and_the_runs_ingest_it(
 ) -> None:
     settings = replace(settings, lanes=2)
     published = publish(settings, 60).published
-    requests, _ = tick(settings, instance)
+    requests, said = tick(settings, instance)
     topic = settings.kafka_topics[0]
-    assert [r.tags[LANE_TAG] for r in requests] == [f"0@{topic}", f"1@{topic}"]
-    assert [r.tags[RANGES_TAG] for r in requests] == ["0:0-15 2:0-15", "1:0-15 3:0-15"]
+    assert said == (
+        f"topic {topic}: lag 60 (lane 0: 30, lane 1: 30), 0 in flight; "
+        "2 batches launched: 30 offsets in lane 0, 30 offsets in lane 1"
+    )
+    assert [r.tags[tags.LANE] for r in requests] == [f"0@{topic}", f"1@{topic}"]
+    assert [r.tags[tags.RANGES] for r in requests] == ["0:0-15 2:0-15", "1:0-15 3:0-15"]
     assert all(r.run_key is None for r in requests)
     for request in requests:
         assert build_job(settings).execute_in_process(request.run_config, instance=instance).success
@@ -96,6 +103,7 @@ def test_what_a_run_in_flight_owns_is_not_planned_again_and_a_fifth_batch_of_a_l
     requests, said = tick(settings, instance)
     assert requests == []
     assert "lane 0 has 4 batches in flight" in said
+    assert "lag 100, 4 in flight (0:0-5 1:0-5 2:0-5 3:0-5; " in said
 
 
 def test_a_failed_batch_is_planned_again_after_a_pause_one_partition_at_a_time(
@@ -132,7 +140,7 @@ def test_a_mirror_that_a_killed_run_left_behind_is_mended_though_nothing_more_co
     assert stored(settings) == expected(published)
 
 
-IDLE = "topic {}: lag 0, 0 in flight, nothing to launch"
+IDLE = "topic {}: lag 0, 0 in flight; nothing to launch"
 BEHIND = "the group's offsets are behind the ledger, and mending them has failed just now"
 
 
@@ -149,7 +157,7 @@ def test_a_partition_with_a_gap_is_planned_alone(
     for future in admin.delete_records([TopicPartition(topic, 2, 4)]).values():
         future.result(20)
     requests, _ = tick(settings, instance)
-    assert [r.tags[RANGES_TAG] for r in requests] == ["0:0-10 1:0-10 3:0-10", "2:0-10"]
+    assert [r.tags[tags.RANGES] for r in requests] == ["0:0-10 1:0-10 3:0-10", "2:0-10"]
 
 
 def test_one_topic_that_is_not_there_does_not_hold_up_the_others(settings: Settings, instance: DagsterInstance) -> None:
@@ -161,6 +169,16 @@ def test_one_topic_that_is_not_there_does_not_hold_up_the_others(settings: Setti
     assert requests == []
     assert "there is no topic there-is-none" in said
     assert "\n" not in said
+
+
+def test_a_tick_says_when_more_comes_in_than_is_ingested(settings: Settings, instance: DagsterInstance) -> None:
+    seconds = iter((0.0, 100.0))
+    sensor = build_sensor(settings, build_job(settings), clock=lambda: next(seconds))
+    for batch in range(2):
+        publish(settings, 200 * (1 + batch))
+        result = sensor(build_sensor_context(instance=instance))
+        assert isinstance(result, SensorResult)
+        assert ("falling behind: 4 readings/s in, 0 out" in (result.cursor or "")) == (batch == 1)
 
 
 def test_a_batch_size_that_holds_a_lane_back_is_said(settings: Settings, instance: DagsterInstance) -> None:

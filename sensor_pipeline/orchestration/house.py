@@ -1,0 +1,98 @@
+"""Once an hour: what is too old to be kept is deleted, and the coming days' partitions are made.
+
+Dagster keeps its runs and their events for ever; of ticks alone it deletes old ones by itself (dagster.yaml).
+"""
+
+import time
+from datetime import UTC, datetime, timedelta
+
+from dagster import (
+    DagsterInstance,
+    DagsterRunStatus,
+    DefaultScheduleStatus,
+    JobDefinition,
+    OpExecutionContext,
+    RunsFilter,
+    ScheduleDefinition,
+    in_process_executor,
+    job,
+    op,
+)
+
+from sensor_pipeline.orchestration.explained import failures_explained
+from sensor_pipeline.postgres.batch_log import forget_batches
+from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.days import ensure_days
+from sensor_pipeline.settings import Settings
+
+JOB_NAME = "keep_house"
+_ENDED = [DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED]
+_RUNS_A_PIECE = 200
+# An hour's runs take seconds. Where years were left, the next hours go on: a run may take five minutes.
+_MOST_SECONDS = 180
+_DAYS_AHEAD = 2
+
+
+def build_job(settings: Settings) -> JobDefinition:
+    """The job with these settings."""
+    database = Database(settings)
+
+    @op
+    def make_days(context: OpExecutionContext) -> None:
+        """Make the partitions of today and the coming days, so that no batch has to."""
+        today = datetime.now(UTC).date()
+        with failures_explained():
+            made = ensure_days(database, [today + timedelta(days=ahead) for ahead in range(_DAYS_AHEAD + 1)])
+        context.add_output_metadata({"days made": ", ".join(day.isoformat() for day in made) or "none"})
+
+    @op
+    def delete_batches(context: OpExecutionContext) -> None:
+        """Delete old rows of the batch log; the ledger and its totals stay."""
+        before = datetime.now(UTC) - timedelta(days=settings.batches_kept_days)
+        with failures_explained():
+            deleted = forget_batches(database, before)
+        context.add_output_metadata({"batches deleted": deleted, "older than": before.isoformat()})
+
+    @op
+    def delete_runs(context: OpExecutionContext) -> None:
+        """Delete old runs of this instance that have ended, whatever their job, with their events."""
+        before = datetime.now(UTC) - timedelta(days=settings.runs_kept_days)
+        deleted = forget_runs(context.instance, before, _MOST_SECONDS)
+        context.add_output_metadata({"runs deleted": deleted, "older than": before.isoformat()})
+
+    @job(name=JOB_NAME, executor_def=in_process_executor, description="Deletes what is too old, makes coming days.")
+    def keep_house() -> None:
+        make_days()
+        delete_batches()
+        delete_runs()
+
+    return keep_house
+
+
+def build_schedule(job: JobDefinition) -> ScheduleDefinition:
+    """Once an hour, on from the start."""
+    return ScheduleDefinition(
+        name="keep_house_schedule",
+        cron_schedule="25 * * * *",
+        job=job,
+        default_status=DefaultScheduleStatus.RUNNING,
+        description="Once an hour: deletes old runs and old rows of the batch log, makes the coming days' partitions.",
+    )
+
+
+def forget_runs(instance: DagsterInstance, before: datetime, most_seconds: float) -> int:
+    """Delete runs that were created before some time and have ended, the oldest first; returns how many.
+
+    Each is deleted by itself, so that it may be stopped at any time; after `most_seconds` it stops by itself.
+    """
+    deadline = time.monotonic() + most_seconds
+    deleted = 0
+    while time.monotonic() < deadline:
+        old = RunsFilter(statuses=_ENDED, created_before=before)
+        records = instance.get_run_records(old, limit=_RUNS_A_PIECE, ascending=True)
+        if not records:
+            break
+        for record in records:
+            instance.delete_run(record.dagster_run.run_id)
+        deleted += len(records)
+    return deleted

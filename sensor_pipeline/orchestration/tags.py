@@ -1,0 +1,25 @@
+"""The tags of a batch's run: what people filter by, and the one by which Dagster keeps lanes apart."""
+
+from __future__ import annotations
+
+from sensor_pipeline.offsets import Batch
+
+# dagster.yaml limits the runs of a lane by this tag.
+LANE = "lane"
+TOPIC = "topic"
+RANGES = "ranges"
+MACHINES = "machines"
+OUTCOME = "outcome"
+
+_CHARACTERS = 200
+
+
+def of_batch(batch: Batch) -> dict[str, str]:
+    """What a batch is."""
+    ranges = " ".join(map(str, batch.ranges))
+    return {TOPIC: batch.topic, RANGES: ranges if len(ranges) <= _CHARACTERS else ranges[:_CHARACTERS] + "…"}
+
+
+def of_run(batch: Batch, outcome: str, machines: int) -> dict[str, str]:
+    """What became of it; a run by hand has none of the sensor's tags, so that those of the batch are there too."""
+    return of_batch(batch) | {OUTCOME: outcome, MACHINES: str(machines)}

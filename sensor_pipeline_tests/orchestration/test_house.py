@@ -1,0 +1,96 @@
+"""What is too old is deleted, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from dagster import DagsterInstance, DagsterRunStatus, JobDefinition
+
+from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.orchestration import house
+from sensor_pipeline.orchestration.config import to_run_config
+from sensor_pipeline.orchestration.job import build_job
+from sensor_pipeline.postgres import batch_log
+from sensor_pipeline.postgres.verify import CHECKS, ask
+from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.oracle import connect, expected, stored
+from sensor_pipeline_tests.orchestration.test_job import publish_some, whole_backlog
+
+
+@pytest.fixture
+def instance(tmp_path: Any) -> Iterator[DagsterInstance]:
+    with DagsterInstance.local_temp(str(tmp_path)) as instance:
+        yield instance
+
+
+@pytest.fixture
+def job(settings: Settings) -> JobDefinition:
+    return build_job(settings)
+
+
+def soon() -> datetime:
+    """A time before which all lies that has been."""
+    return datetime.now(UTC) + timedelta(hours=1)
+
+
+def test_runs_that_ended_go_with_their_events_and_those_that_have_not_stay(
+    settings: Settings, pipeline: Pipeline, job: JobDefinition, instance: DagsterInstance
+) -> None:
+    publish_some(settings)
+    ended = job.execute_in_process(to_run_config(whole_backlog(pipeline)), instance=instance).run_id
+    failed = instance.create_run_for_job(job, status=DagsterRunStatus.FAILURE).run_id
+    running = instance.create_run_for_job(job, status=DagsterRunStatus.STARTED).run_id
+    assert instance.all_logs(ended)
+    assert house.forget_runs(instance, datetime.now(UTC) - timedelta(hours=1), 60) == 0
+    assert house.forget_runs(instance, soon(), 60) == 2
+    assert [run.run_id for run in instance.get_runs()] == [running]
+    assert not instance.all_logs(ended)
+    assert not instance.has_run(failed)
+
+
+def test_more_than_a_piece_is_deleted_piece_by_piece_and_no_longer_than_asked(
+    job: JobDefinition, instance: DagsterInstance, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(house, "_RUNS_A_PIECE", 2)
+    for _ in range(5):
+        instance.create_run_for_job(job, status=DagsterRunStatus.CANCELED)
+    assert house.forget_runs(instance, soon(), 0) == 0
+    assert house.forget_runs(instance, soon(), 60) == 5
+
+
+def test_old_rows_of_the_batch_log_go_and_everything_still_adds_up(
+    settings: Settings, pipeline: Pipeline, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(batch_log, "_ROWS_A_PIECE", 1)
+    published = publish_some(settings).published
+    batch = whole_backlog(pipeline)
+    for part in batch.ranges:
+        pipeline.run(type(batch)(batch.topic, batch.kafka_topic_id, (part,)))
+    database = pipeline.database
+    assert batch_log.forget_batches(database, datetime.now(UTC) - timedelta(hours=1)) == 0
+    assert batch_log.forget_batches(database, soon()) == 4
+    assert stored(settings) == expected(published)
+    with database.begin() as connection:
+        assert all(ask(connection, check).wrong == 0 for check in CHECKS)
+
+
+def test_the_job_makes_the_coming_days_and_says_what_it_deleted(settings: Settings, instance: DagsterInstance) -> None:
+    job = house.build_job(settings)
+    result = job.execute_in_process(instance=instance)
+    said = {
+        e.step_key: {name: value.value for name, value in e.event_specific_data.metadata.items()}  # type: ignore[union-attr]
+        for e in result.all_node_events
+        if e.is_successful_output
+    }
+    tomorrow = datetime.now(UTC).date() + timedelta(days=1)
+    assert tomorrow.isoformat() in said["make_days"]["days made"]
+    assert (said["delete_batches"]["batches deleted"], said["delete_runs"]["runs deleted"]) == (0, 0)
+    with connect(settings).connect() as connection:
+        name = f"readings_{tomorrow:%Y%m%d}"
+        assert connection.scalars(sa.text("SELECT to_regclass(:name) IS NOT NULL"), {"name": name}).one()
+    again = job.execute_in_process(instance=instance)
+    assert again.success
