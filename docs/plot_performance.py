@@ -25,7 +25,8 @@ def main() -> None:
         panels.append(panel(title, points, left=GAP + len(panels) * (WIDTH + GAP)))
     size = f'width="{2 * (WIDTH + GAP) + GAP}" height="{HEIGHT + 2 * GAP}"'
     style = "text{font:12px sans-serif;fill:#555}line{stroke:#ccc}"
-    picture = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(panels)}</svg>\n'
+    paper = '<rect width="100%" height="100%" fill="#fff"/>'
+    picture = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{paper}{"".join(panels)}</svg>\n'
     Path(__file__).with_name("performance.svg").write_text(picture)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -178,25 +178,32 @@ def _plan_topic(
             waiting.append("the group's offsets are behind the ledger, and are mended")
             planned.append(Planned(lane_of(behind[0].partition, settings.lanes), behind))
     requests = [_request(Batch(topic.name, topic.kafka_topic_id, p.ranges), p) for p in planned]
-    return requests, "; ".join([_state(settings, backlog, mine), _launched(planned), *waiting])
+    return requests, "; ".join([_state(settings, backlog, mine), _launched(planned, settings.lanes), *waiting])
 
 
 def _state(settings: Settings, backlog: TopicBacklog, in_flight: Sequence[Batch]) -> str:
     lags = Counter(dict.fromkeys(range(settings.lanes), 0))
     for partition in backlog.partitions:
         lags[lane_of(partition.partition, settings.lanes)] += partition.lag
-    of_lanes = "" if settings.lanes == 1 else f" ({', '.join(f'lane {k}: {lag:,}' for k, lag in lags.items())})"
-    named = "; ".join(" ".join(map(str, batch.ranges)) for batch in sorted(in_flight, key=lambda b: b.ranges)[:_NAMED])
+    named = "; ".join(" ".join(map(str, b.ranges)) for b in sorted(in_flight, key=lambda b: b.ranges)[:_NAMED])
     more = "; …" if len(in_flight) > _NAMED else ""
+    # The list of ticks shows little more than the beginning and the end.
+    topic = f"topic {backlog.topic.name}: " if len(settings.kafka_topics) > 1 else ""
+    of_lanes = f" ({_of_lanes(lags.items())})" if settings.lanes > 1 else ""
     flying = f"{len(in_flight)} in flight" + (f" ({named}{more})" if in_flight else "")
-    return f"topic {backlog.topic.name}: lag {backlog.lag:,}{of_lanes}, {flying}"
+    return f"{topic}lag {backlog.lag:,}{of_lanes}, {flying}"
 
 
-def _launched(planned: Sequence[Planned]) -> str:
+def _launched(planned: Sequence[Planned], lanes: int) -> str:
     if not planned:
         return "nothing to launch"
-    sizes = ", ".join(f"{total(p.ranges):,} offsets in lane {p.lane}" for p in planned)
-    return f"{len(planned)} {'batch' if len(planned) == 1 else 'batches'} launched: {sizes}"
+    sizes = [(p.lane, total(p.ranges)) for p in planned]
+    said = _of_lanes(sizes) if lanes > 1 else ", ".join(f"{size:,}" for _, size in sizes)
+    return f"{len(planned)} {'batch' if len(planned) == 1 else 'batches'} launched ({said})"
+
+
+def _of_lanes(offsets: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"lane {lane}: {count:,}" for lane, count in offsets)
 
 
 def _with_runs(
