@@ -10,10 +10,12 @@ import os
 from dagster import Definitions
 
 from sensor_pipeline.orchestration.job import build_job
+from sensor_pipeline.orchestration.repair import build_recompute_job, build_replay_job
 from sensor_pipeline.orchestration.sensor import build_sensor
 from sensor_pipeline.settings import Settings
 
 settings = Settings.from_env(os.environ)
 job = build_job(settings)
+repairs = [build_replay_job(settings), build_recompute_job(settings)]
 
-defs = Definitions(jobs=[job], sensors=[build_sensor(settings, job)])
+defs = Definitions(jobs=[job, *repairs], sensors=[build_sensor(settings, job)])

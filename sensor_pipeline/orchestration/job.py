@@ -69,7 +69,7 @@ class BatchIO(IOManager):
         assert upstream is not None
         name = upstream.op_def.name
         if name not in self._held:
-            with _failures_explained():
+            with failures_explained():
                 self._make("drain")
                 if name == "detect":
                     self._make("detect")
@@ -92,7 +92,7 @@ class BatchIO(IOManager):
 def drain(context: OpExecutionContext) -> Drained:
     """Read the batch's messages from Kafka, without what the ledger holds already, and decode them."""
     run: BatchRun = context.resources.batch
-    with _failures_explained(), run.stopwatch.stage("drain"):
+    with failures_explained(), run.stopwatch.stage("drain"):
         drained = run.pipeline.drain(run.batch)
     context.add_output_metadata(report.drained(run.batch, drained))
     return drained
@@ -102,7 +102,7 @@ def drain(context: OpExecutionContext) -> Drained:
 def detect(context: OpExecutionContext, drained: Drained) -> pd.DataFrame:
     """Sort the readings into each machine's event-time order and find where failures start and end."""
     run: BatchRun = context.resources.batch
-    with _failures_explained(), run.stopwatch.stage("detect"):
+    with failures_explained(), run.stopwatch.stage("detect"):
         detected = run.pipeline.detect(drained)
     context.add_output_metadata(report.detected(detected))
     return detected
@@ -113,7 +113,7 @@ def write(context: OpExecutionContext, drained: Drained, detected: pd.DataFrame)
     """Write readings, failures, rejected messages, batch log and ledger in one transaction of PostgreSQL."""
     run: BatchRun = context.resources.batch
     origin = Origin(run.started_at, context.run_id, run.stopwatch.seconds)
-    with _failures_explained(), run.stopwatch.stage("write"):
+    with failures_explained(), run.stopwatch.stage("write"):
         written = run.pipeline.write(run.batch, drained, detected, origin)
     seconds = (datetime.now(UTC) - run.started_at).total_seconds()
     context.log.info(_outcome(run.batch, written))
@@ -124,9 +124,9 @@ def write(context: OpExecutionContext, drained: Drained, detected: pd.DataFrame)
 def commit(context: OpExecutionContext) -> None:
     """Mirror the ledger to the consumer group's offsets, for the tools that show lag."""
     run: BatchRun = context.resources.batch
-    with _failures_explained(), run.stopwatch.stage("commit"):
+    with failures_explained(), run.stopwatch.stage("commit"):
         committed = run.pipeline.commit(run.batch)
-    with _failures_explained():
+    with failures_explained():
         pipeline = run.pipeline
         backlog = read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, run.batch.topic)
     context.add_output_metadata(
@@ -151,7 +151,7 @@ def build_job(settings: Settings) -> JobDefinition:
     """The job with these settings."""
 
     def make_run(context: InitResourceContext) -> BatchRun:
-        with _failures_explained():
+        with failures_explained():
             return BatchRun(config.to_batch(context.resource_config), Pipeline(settings))
 
     def make_io(context: InitResourceContext) -> BatchIO:
@@ -169,7 +169,7 @@ def build_job(settings: Settings) -> JobDefinition:
 
 
 @contextmanager
-def _failures_explained() -> Iterator[None]:
+def failures_explained() -> Iterator[None]:
     """An error of ours fails the run with its one line as the description."""
     try:
         yield
