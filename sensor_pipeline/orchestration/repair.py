@@ -1,11 +1,12 @@
 """The jobs `replay_rejected` and `recompute_failures`: repairs, launched by hand from the Launchpad.
 
 They work while batches are ingested: the database's locks keep them apart. So they have no lane, and wait in no queue.
+A batch's run imports this module too, so what only the repairs need is imported when one runs.
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster import (
     Field,
@@ -25,11 +26,12 @@ from dagster import (
 from sensor_pipeline.errors import ConfigurationError
 from sensor_pipeline.orchestration.job import failures_explained
 from sensor_pipeline.postgres.database import Database
-from sensor_pipeline.postgres.recompute import Mended, Recompute, Total
-from sensor_pipeline.postgres.rejected_search import Filter
-from sensor_pipeline.postgres.verify import Machine
-from sensor_pipeline.replay import Outcome, Replay
 from sensor_pipeline.settings import Settings, parse_moment
+
+if TYPE_CHECKING:
+    from sensor_pipeline.postgres.recompute import Mended, Total
+    from sensor_pipeline.postgres.verify import Machine
+    from sensor_pipeline.replay import Outcome
 
 REPLAY_JOB = "replay_rejected"
 RECOMPUTE_JOB = "recompute_failures"
@@ -85,6 +87,9 @@ def build_replay_job(settings: Settings) -> JobDefinition:
 
         Since and until are of the time at which a message was rejected first.
         """
+        from sensor_pipeline.postgres.rejected_search import Filter
+        from sensor_pipeline.replay import Replay
+
         config: Mapping[str, Any] = context.op_config
         dry_run: bool = config["dry_run"]
         with failures_explained():
@@ -114,6 +119,8 @@ def build_recompute_job(settings: Settings) -> JobDefinition:
 
         Every failure that touches the time from since to until is recomputed whole.
         """
+        from sensor_pipeline.postgres.recompute import Recompute
+
         config: Mapping[str, Any] = context.op_config
         mended: list[tuple[Machine, Mended]] = []
         with failures_explained():
@@ -163,7 +170,7 @@ def _times(config: Mapping[str, Any]) -> list[datetime | None]:
     return times
 
 
-def _replayed(outcome: Outcome, *, dry_run: bool) -> Mapping[str, Any]:
+def _replayed(outcome: "Outcome", *, dry_run: bool) -> Mapping[str, Any]:
     samples = [
         {
             "reason": reason,
@@ -189,7 +196,7 @@ def _replayed(outcome: Outcome, *, dry_run: bool) -> Mapping[str, Any]:
     }
 
 
-def _mended(total: Total, mended: Sequence[tuple[Machine, Mended]]) -> Mapping[str, Any]:
+def _mended(total: "Total", mended: Sequence[tuple["Machine", "Mended"]]) -> Mapping[str, Any]:
     rows = [
         {
             "machine": machine.name,
