@@ -106,7 +106,7 @@ def _show(state: Snapshot, console: Console) -> None:
         batches.add_row(
             str(row["id"]),
             row["kind"],
-            f"{row['committed_at']:%Y-%m-%d %H:%M:%S}",
+            f"{row['committed_at']:%m-%d %H:%M:%S}",
             f"{row['inserted']:,}",
             f"{row['already_ingested']:,}",
             f"{row['rejected']:,}",
