@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
 
 import pandas as pd
 
@@ -36,8 +38,28 @@ from sensor_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # A deadlock, a lock not had in time, a restarting server: the pauses before the write is tried again, in seconds.
 RETRY_PAUSES = (0.5, 1.0, 2.0, 4.0)
+
+
+def retried(attempt: Callable[[], T], *, what: str, sleep: Callable[[float], None]) -> T:
+    """Do what writes to the database; where that was only busy or away, try again after pauses.
+
+    Raises:
+        UnavailableError: it still was, after all tries.
+    """
+    pauses = iter(RETRY_PAUSES)
+    while True:
+        try:
+            return attempt()
+        except UnavailableError as error:
+            pause = next(pauses, None)
+            if pause is None:
+                raise
+            log.warning("%s: %s (next try in %s s)", what, error, pause)
+            sleep(pause)
 
 
 @dataclass
@@ -128,19 +150,14 @@ class Pipeline:
         A connection lost during the commit leaves open whether it happened: the next try asks the ledger.
         Readings that the database refuses for their content become rejected messages.
         """
-        pauses = iter(RETRY_PAUSES)
         while True:
+            limit = self.settings.max_rejected_share
+            attempt = partial(write, self.database, batch, drained, detected, origin, limit)
             try:
-                return write(self.database, batch, drained, detected, origin, self.settings.max_rejected_share)
+                return retried(attempt, what=f"batch {batch}", sleep=self._sleep)
             except RowsRefusedError as error:
                 drained = self._reject(batch, drained, error.refused)
                 detected = self.detect(drained)
-            except UnavailableError as error:
-                pause = next(pauses, None)
-                if pause is None:
-                    raise
-                log.warning("batch %s: %s (next try in %s s)", batch, error, pause)
-                self._sleep(pause)
 
     def _reject(self, batch: Batch, drained: Drained, refused: Sequence[Refused]) -> Drained:
         """Move refused readings to the rejected messages, whole: they are read again for that."""

@@ -33,10 +33,14 @@ class Records:
 
 @dataclass(frozen=True)
 class RejectedMessage:
-    """A message that can never become a reading, whole, with the reason."""
+    """A message that can never become a reading, whole, with the reason.
+
+    `timestamp_ms` is the record's own, as in `Records`.
+    """
 
     partition: int
     offset: int
+    timestamp_ms: int
     key: bytes | None
     payload: bytes | None
     headers: Headers
@@ -122,6 +126,7 @@ def _rejected(records: Records, at: int, reason: str, detail: str) -> RejectedMe
     return RejectedMessage(
         partition=int(records.partition[at]),
         offset=int(records.offset[at]),
+        timestamp_ms=int(records.timestamp_ms[at]),
         key=key,
         payload=records.value[at],
         headers=headers,

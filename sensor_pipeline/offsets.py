@@ -91,6 +91,18 @@ def intersect(ranges: Iterable[OffsetRange], others: Iterable[OffsetRange]) -> l
     return subtract(ranges, subtract(ranges, others))
 
 
+def ranges_of(places: Iterable[tuple[int, int]]) -> list[OffsetRange]:
+    """The ranges that hold these partitions and offsets, and nothing else, in order."""
+    ranges: list[OffsetRange] = []
+    for partition, offset in sorted(set(places)):
+        last = ranges[-1] if ranges else None
+        if last and (last.partition, last.end) == (partition, offset):
+            ranges[-1] = replace(last, end=offset + 1)
+        else:
+            ranges.append(OffsetRange(partition, offset, offset + 1))
+    return ranges
+
+
 def hull(ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
     """For each partition the one range that holds all of its ranges and what lies between them."""
     return [OffsetRange(p, spans[0].start, max(s.end for s in spans)) for p, spans in _by_partition(ranges).items()]

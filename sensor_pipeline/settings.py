@@ -136,6 +136,32 @@ def parse_duration(text: str) -> timedelta:
         raise ValueError("must be a duration of at most 999999999 days") from None
 
 
+def parse_moment(text: str, now: datetime) -> datetime:
+    """A time: ISO 8601 (without an offset in UTC), or a duration such as `7 days` for so long before `now`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        try:
+            return now - parse_duration(text)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{text!r} is neither an ISO 8601 time nor a duration such as 12h or 7 days") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def check_order(since: datetime | None, until: datetime | None) -> None:
+    """Refuse a time that ends before it begins.
+
+    Raises:
+        ConfigurationError: that is so.
+    """
+    if since and until and since > until:
+        raise ConfigurationError(f"since ({since.isoformat()}) lies after until ({until.isoformat()}); exchange them")
+
+
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:

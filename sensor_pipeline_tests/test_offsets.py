@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from sensor_pipeline import offsets
 from sensor_pipeline.errors import ConfigurationError
 from sensor_pipeline.offsets import (
     MAX_OFFSET,
@@ -64,6 +65,14 @@ any_ranges = st.lists(
     max_size=6,
 )
 place_sets = st.sets(st.tuples(st.integers(0, 1), st.integers(0, 14)))
+
+
+@untimed
+@given(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 30))))
+def test_places_are_held_by_the_longest_ranges_and_nothing_else_is(found: set[Place]) -> None:
+    ranges = offsets.ranges_of([*found, *found])
+    assert places(ranges) == found
+    assert all(a.partition < b.partition or a.end < b.start for a, b in pairwise(ranges))
 
 
 @untimed

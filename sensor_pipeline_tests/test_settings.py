@@ -9,7 +9,14 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from sensor_pipeline.errors import ConfigurationError
-from sensor_pipeline.settings import _RESERVED_PROPERTIES, _VARIABLES, Settings, parse_duration
+from sensor_pipeline.settings import (
+    _RESERVED_PROPERTIES,
+    _VARIABLES,
+    Settings,
+    check_order,
+    parse_duration,
+    parse_moment,
+)
 
 DEFAULTS: dict[str, Any] = {
     "KAFKA_BOOTSTRAP_SERVERS": "localhost:9092",
@@ -286,6 +293,36 @@ def test_a_duration_is_a_number_and_a_unit(text: str, seconds: float) -> None:
 def test_anything_else_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="must be a duration"):
         parse_duration(text)
+
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2026-01-01T12:00:00+01:00", datetime(2026, 1, 1, 11, tzinfo=UTC)),
+        ("2026-01-01T12:00:00", datetime(2026, 1, 1, 12, tzinfo=UTC)),
+        ("2026-01-01", datetime(2026, 1, 1, tzinfo=UTC)),
+        ("7 days", datetime(2026, 2, 22, 12, tzinfo=UTC)),
+        ("90s", datetime(2026, 3, 1, 11, 58, 30, tzinfo=UTC)),
+    ],
+)
+def test_a_moment_is_a_time_or_a_duration_that_lies_back(text: str, moment: datetime) -> None:
+    assert parse_moment(text, NOW) == moment
+
+
+@pytest.mark.parametrize("text", ["soon", "", "-1 day", "999999999 days", "2026-13-01"])
+def test_anything_else_is_no_moment(text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is neither an ISO 8601 time nor a duration"):
+        parse_moment(text, NOW)
+
+
+def test_a_time_may_not_end_before_it_begins() -> None:
+    for since, until in [(None, None), (NOW, None), (None, NOW), (NOW, NOW)]:
+        check_order(since, until)
+    with pytest.raises(ConfigurationError, match=r"since \(2026-03-01T12:00:00\+00:00\) lies after until"):
+        check_order(NOW, datetime(2026, 2, 1, tzinfo=UTC))
 
 
 def test_what_the_settings_allow_at_most_is_said_in_one_sentence() -> None:

@@ -25,7 +25,7 @@ FLOORS = [
     ["kafka", "postgres"],
     ["backlog", "publish", "pace", "timeline"],
     ["batch"],
-    ["catch_up"],
+    ["catch_up", "replay"],
     ["embedded", "orchestration"],
     ["bench"],
     ["cli"],
@@ -96,8 +96,10 @@ def test_every_setting_stands_in_the_readme(variable: str) -> None:
 def test_every_command_explains_itself_and_stands_in_the_readme(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None
-    assert command.help
-    assert all(option.help for option in command.params if isinstance(option, click.Option))
+    parts = command.commands.values() if isinstance(command, click.Group) else ()
+    for each in (command, *parts):
+        assert each.help
+        assert all(option.help for option in each.params if isinstance(option, click.Option))
     assert f"`sensor-pipeline {name}" in (ROOT / "README.md").read_text()
 
 

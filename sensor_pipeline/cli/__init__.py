@@ -20,6 +20,7 @@ _COMMANDS = {
     "status": "status",
     "doctor": "doctor",
     "migrate": "migrate",
+    "rejected": "rejected",
     "accept-gap": "accept_gap",
     "verify": "verify",
     "recompute": "recompute",

@@ -29,7 +29,7 @@ _RIGHTS = {
     "failures": "SELECT, INSERT, UPDATE, DELETE",
     "readings": "SELECT, INSERT, UPDATE",
     "readings_horizon": "SELECT",
-    "rejected_messages": "SELECT, INSERT",
+    "rejected_messages": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is what its lock asks for
     "ingested_offsets": "SELECT, INSERT, UPDATE",
     "batches": "SELECT, INSERT, DELETE",
     "accepted_gaps": "SELECT, INSERT",

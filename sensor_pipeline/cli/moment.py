@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import click
 
-from sensor_pipeline.settings import parse_duration
+from sensor_pipeline.settings import parse_moment
 
 
 class Moment(click.ParamType[datetime]):
@@ -16,12 +16,7 @@ class Moment(click.ParamType[datetime]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
         """The time, in its own zone."""
-        text = str(value)
         try:
-            moment = datetime.fromisoformat(text)
-        except ValueError:
-            try:
-                return datetime.now(UTC) - parse_duration(text)
-            except (ValueError, OverflowError):
-                self.fail(f"{text!r} is neither an ISO 8601 time nor a duration such as 12h or 7 days", param, ctx)
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            return parse_moment(str(value), datetime.now(UTC))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)

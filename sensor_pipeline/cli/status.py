@@ -100,12 +100,13 @@ def _show(state: Snapshot, console: Console) -> None:
     for row in state.partitions:
         if row["cut_off"]:
             console.print(f"[red]topic {row['topic']} {row['cut_off']}[/]")
-    batches = Table("batch", "committed", "inserted", "already", "rejected", "failures", "seconds", box=None)
+    batches = Table("batch", "kind", "committed", "inserted", "already", "rejected", "failures", "seconds", box=None)
     for row in state.last_batches:
         seconds = (row["committed_at"] - row["started_at"]).total_seconds()
         batches.add_row(
             str(row["id"]),
-            f"{row['committed_at']:%Y-%m-%d %H:%M:%S}",
+            row["kind"],
+            f"{row['committed_at']:%m-%d %H:%M:%S}",
             f"{row['inserted']:,}",
             f"{row['already_ingested']:,}",
             f"{row['rejected']:,}",

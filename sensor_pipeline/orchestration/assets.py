@@ -55,6 +55,9 @@ COLUMNS: Mapping[AssetKey, list[TableColumn]] = {
         TableColumn("reason", "text", "the reason's code"),
         TableColumn("detail", "text", "what was wrong, in words"),
         TableColumn("first_seen", "timestamp with time zone", "when it was rejected"),
+        TableColumn(
+            "kafka_timestamp_ms", "bigint", "the record's own timestamp, in ms since 1970; -1 where it has none"
+        ),
     ],
 }
 

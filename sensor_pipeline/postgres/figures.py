@@ -42,8 +42,8 @@ _FAILED = sa.text("""
 """)
 _REASONS = sa.text("SELECT reason, count(*) AS messages FROM rejected_messages GROUP BY reason ORDER BY reason")
 _LAST_BATCHES = sa.text("""
-    SELECT batches.id, topics.name AS topic, ranges, dagster_run_id, drained, inserted, already_ingested, rejected,
-           no_record, failures_started, failures_ended, started_at, committed_at, timings
+    SELECT batches.id, kind, topics.name AS topic, ranges, dagster_run_id, drained, inserted, already_ingested,
+           rejected, no_record, failures_started, failures_ended, started_at, committed_at, timings
     FROM batches JOIN topics ON topics.id = batches.topic_id
     ORDER BY committed_at DESC LIMIT :count
 """)

@@ -38,6 +38,11 @@ _ADD = sa.text("""
         lost = lost + :lost
     WHERE topic_id = :topic_id AND kafka_partition = :partition
 """)
+_MOVE = sa.text("""
+    UPDATE ingested_offsets SET readings = readings + moved.messages, rejected = rejected - moved.messages
+    FROM unnest(CAST(:partitions AS integer[]), CAST(:messages AS bigint[])) AS moved (partition, messages)
+    WHERE topic_id = :topic_id AND kafka_partition = moved.partition AND rejected >= moved.messages
+""")
 _ACCEPT = sa.text("""
     INSERT INTO accepted_gaps (topic_id, kafka_partition, offsets, who, why)
     VALUES (:topic_id, :partition, int8range(:start, :end), :who, :why)
@@ -152,3 +157,13 @@ def add(
                 "lost": 0,
             },
         )
+
+
+def move_to_readings(connection: sa.Connection, topic_id: int, messages: Mapping[int, int]) -> int:
+    """Count rejected messages, so many for each partition, as readings; its rows are locked, its offsets stay.
+
+    Returns:
+        For how many partitions that was done: not where fewer were rejected.
+    """
+    arguments = {"topic_id": topic_id, "partitions": list(messages), "messages": list(messages.values())}
+    return connection.execute(_MOVE, arguments).rowcount

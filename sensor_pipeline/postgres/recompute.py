@@ -6,7 +6,7 @@ a batch does and mends the part of its history in which it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -26,7 +26,8 @@ from sensor_pipeline.postgres.history import (
     widen,
 )
 from sensor_pipeline.postgres.machines import lock
-from sensor_pipeline.postgres.verify import SNAPSHOT, Machine, look
+from sensor_pipeline.postgres.verify import EXAMPLES, SNAPSHOT, Machine, find_machines, look
+from sensor_pipeline.settings import check_order
 
 _SETTINGS = sa.text("SET LOCAL jit = off")
 _SEE = sa.text("""
@@ -45,6 +46,78 @@ class Mended:
     failures_changed: int = 0
     failures_removed: int = 0
     readings_moved: int = 0
+
+    def examples(self) -> list[str]:
+        """The first differences, and how many more there are."""
+        more = len(self.differences[EXAMPLES:])
+        return [*self.differences[:EXAMPLES], *([f"… and {more:,} more"] if more else [])]
+
+
+@dataclass
+class Total:
+    """What was mended over several machines."""
+
+    machines: int = 0
+    machines_mended: int = 0
+    failures_made: int = 0
+    failures_changed: int = 0
+    failures_removed: int = 0
+    readings_moved: int = 0
+
+    def add(self, mended: Mended | None) -> None:
+        """Add one machine."""
+        self.machines += 1
+        if mended is None:
+            return
+        self.machines_mended += 1
+        self.failures_made += mended.failures_made
+        self.failures_changed += mended.failures_changed
+        self.failures_removed += mended.failures_removed
+        self.readings_moved += mended.readings_moved
+
+    def sentence(self) -> str:
+        """The total in one line."""
+        return (
+            f"{self.machines:,} machines looked at, {self.machines_mended:,} mended: {self.failures_made:,} failures "
+            f"made, {self.failures_changed:,} changed, {self.failures_removed:,} removed, {self.readings_moved:,} "
+            "readings moved"
+        )
+
+
+class Recompute:
+    """Mends machines one by one; `total` grows with each.
+
+    Args:
+        database: to read and mend.
+        names: of machines; none: all of them.
+        since: with `until`, the time that a failure has to touch.
+        until: see `since`.
+
+    Raises:
+        ConfigurationError: a name is no machine's, the time ends before it begins, or the schema is not this code's.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        names: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> None:
+        check_order(since, until)
+        self._database = database
+        self._since, self._until = since, until
+        self.total = Total()
+        with database.begin() as connection:
+            database.check_schema(connection)
+            self.machines = find_machines(connection, names)
+
+    def run(self) -> Iterator[tuple[Machine, Mended | None]]:
+        """Each machine, and what was mended of it."""
+        for machine in self.machines:
+            mended = recompute_machine(self._database, machine, self._since, self._until)
+            self.total.add(mended)
+            yield machine, mended
 
 
 def recompute_machine(

@@ -9,6 +9,8 @@ READ COMMITTED, in this order; locks are always taken in it, so that batches wai
 5. in new statements: failures recomputed, failing readings copied in with the right failure
 6. rejected messages, batch log, ledger
 7. the check that everything adds up, then the commit
+
+A replay of rejected messages (`replay`) is such a transaction too, with steps 2 to 5 in common.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from sensor_pipeline.postgres.rejected import add_rejected
 
 # A process that stands still (suspended, on a frozen host) may keep its locks no longer than a run may take; where the
 # server has a limit of its own, that one holds.
-_SETTINGS = sa.text("""
+SETTINGS = sa.text("""
     SET LOCAL jit = off;
     SELECT set_config('idle_in_transaction_session_timeout', '5min', true)
     WHERE current_setting('idle_in_transaction_session_timeout') = '0'
@@ -46,10 +48,10 @@ _SETTINGS = sa.text("""
 _ADD_BATCH = sa.text("""
     INSERT INTO batches
         (topic_id, ranges, dagster_run_id, drained, inserted, already_ingested, rejected, no_record,
-         failures_started, failures_ended, started_at, committed_at, timings)
+         failures_started, failures_ended, started_at, committed_at, timings, kind)
     VALUES
         (:topic_id, CAST(:ranges AS jsonb), :dagster_run_id, :drained, :inserted, :already_ingested, :rejected,
-         :no_record, :failures_started, :failures_ended, :started_at, clock_timestamp(), CAST(:timings AS jsonb))
+         :no_record, :failures_started, :failures_ended, :started_at, clock_timestamp(), CAST(:timings AS jsonb), :kind)
     RETURNING id
 """)
 
@@ -81,6 +83,15 @@ class Written:
     failures_ended: Sequence[tuple[str, datetime]] = ()
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What steps 2 to 5 did: how many readings the database took, and the failures as in `Written`."""
+
+    inserted: int
+    failures_started: Sequence[tuple[str, datetime]]
+    failures_ended: Sequence[tuple[str, datetime]]
+
+
 def write(
     database: Database,
     batch: Batch,
@@ -104,12 +115,14 @@ def write(
         ConservationError: the batch does not add up; nothing was written.
         RowsRefusedError: the database refuses some readings for their content; nothing was written.
     """
-    ensure_days(database, _days(detected))
+    ensure_days(database, days_of(detected))
     with database.begin() as connection:
-        return _Transaction(connection, batch, drained, detected, origin, max_rejected_share).run()
+        return Transaction(connection, batch, drained, detected, origin, max_rejected_share).run()
 
 
-class _Transaction:
+class Transaction:
+    """The steps, for readings and where they come from as `write` takes them; the transaction has begun."""
+
     def __init__(
         self,
         connection: sa.Connection,
@@ -117,7 +130,7 @@ class _Transaction:
         drained: Drained,
         detected: pd.DataFrame,
         origin: Origin,
-        max_rejected_share: float | None,
+        max_rejected_share: float | None = None,
     ) -> None:
         self._connection = connection
         self._batch = batch
@@ -130,7 +143,8 @@ class _Transaction:
         self._copying = 0.0
 
     def run(self) -> Written:
-        self._connection.execute(_SETTINGS)
+        """All of them."""
+        self._connection.execute(SETTINGS)
         topic = ledger.find_topic(self._connection, self._batch.kafka_topic_id)
         if topic is None:
             raise DataError(
@@ -140,10 +154,13 @@ class _Transaction:
         # 1
         ledger.lock(self._connection, topic.id, self._batch.partitions)
         todo = self._take_out_ingested(topic.id)
-        already = len(self._batch) - total(todo)
         if not todo:
-            return Written(None, inserted=0, already_ingested=already, rejected=0, no_record=0)
+            return Written(None, inserted=0, already_ingested=len(self._batch), rejected=0, no_record=0)
         self._check_share()
+        return self._account(topic, todo, self.store(topic))
+
+    def store(self, topic: ledger.StoredTopic) -> Stored:
+        """Steps 2 to 5: the readings, their machines and their failures."""
         readings = self._readings
         names = list(readings["machine"].cat.categories)
         # 2
@@ -161,27 +178,30 @@ class _Transaction:
         settled = settle(self._connection, readings.assign(topic_rank=ranks[topic.id]), last_seen, ranks)
         inserted += self._copy(topic.id, readings[failing], settled.failure_id)
         machines.see(self._connection, machines.spans(readings))
+        by_id = dict(zip(ids.tolist(), names, strict=True))
+        return Stored(inserted, _named(settled.started, by_id), _named(settled.ended, by_id))
+
+    def _account(self, topic: ledger.StoredTopic, todo: Sequence[OffsetRange], stored: Stored) -> Written:
         # 6
         rejected = add_rejected(self._connection, topic.id, self._drained.rejected)
         no_record = intersect(self._drained.no_record, todo)
         self._check_places(no_record)
-        by_id = dict(zip(ids.tolist(), names, strict=True))
         written = Written(
             batch_id=None,
-            inserted=inserted,
-            already_ingested=already,
+            inserted=stored.inserted,
+            already_ingested=len(self._batch) - total(todo),
             rejected=rejected,
             no_record=total(no_record),
             rejected_by_reason=self._drained.rejected_by_reason,
-            failures_started=_named(settled.started, by_id),
-            failures_ended=_named(settled.ended, by_id),
+            failures_started=stored.failures_started,
+            failures_ended=stored.failures_ended,
         )
-        batch_id = self._log(topic.id, written)
+        batch_id = self.log(topic.id, written, self._batch.ranges)
         ledger.add(
             self._connection,
             topic.id,
             todo,
-            readings=Counter(readings["partition"].tolist()),
+            readings=Counter(self._readings["partition"].tolist()),
             rejected=Counter(message.partition for message in self._drained.rejected),
             no_record=no_record,
         )
@@ -252,13 +272,13 @@ class _Transaction:
             raise _refused(rows.iloc[list(refused)], list(refused.values()))
         return copied
 
-    def _log(self, topic_id: int, written: Written) -> int:
-        ranges = [vars(span) for span in self._batch.ranges]
+    def log(self, topic_id: int, written: Written, ranges: Sequence[OffsetRange], kind: str = "ingest") -> int:
+        """Add the batch log's row; returns its id."""
         batch_id: int = self._connection.scalars(
             _ADD_BATCH,
             {
                 "topic_id": topic_id,
-                "ranges": json.dumps(ranges),
+                "ranges": json.dumps([vars(span) for span in ranges]),
                 "dagster_run_id": self._origin.dagster_run_id,
                 "drained": self._drained.messages,
                 "inserted": written.inserted,
@@ -269,6 +289,7 @@ class _Transaction:
                 "failures_ended": len(written.failures_ended),
                 "started_at": self._origin.started_at,
                 "timings": json.dumps(dict(self._origin.timings) | self._seconds()),
+                "kind": kind,
             },
         ).one()
         return batch_id
@@ -326,7 +347,8 @@ def _refused(rows: pd.DataFrame, words: Sequence[str]) -> RowsRefusedError:
     return RowsRefusedError([Refused(partition, offset, said) for partition, offset, said in columns])
 
 
-def _days(readings: pd.DataFrame) -> list[date]:
+def days_of(readings: pd.DataFrame) -> list[date]:
+    """The days, in UTC, on which readings fall."""
     days: list[date] = np.unique(readings["timestamp"].to_numpy("datetime64[us]").astype("datetime64[D]")).tolist()
     return days
 

@@ -20,6 +20,7 @@ import psutil
 import sqlalchemy as sa
 from sqlalchemy.engine.default import DefaultDialect
 
+from sensor_pipeline import replay as replay_module
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.catch_up import CatchUp
 from sensor_pipeline.drained import Drained, Records
@@ -27,7 +28,9 @@ from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.kafka import drain as drain_module
 from sensor_pipeline.offsets import Batch, OffsetRange
 from sensor_pipeline.postgres import copy, transaction
+from sensor_pipeline.postgres.rejected_search import Filter
 from sensor_pipeline.postgres.transaction import Origin, Written
+from sensor_pipeline.replay import Replay
 from sensor_pipeline.settings import Settings
 
 # A fork of a process that has imported everything and has neither threads nor clients: a child costs no imports.
@@ -56,6 +59,11 @@ def run_batch(settings: Settings, batch: Batch, *, kill_at: int | None = None) -
 def catch_up(settings: Settings, *, kill_at: int | None = None) -> End:
     """Ingest the backlog in a process of its own."""
     return Victim(_catch_up, settings, kill_at, signal.SIGKILL).end
+
+
+def replay(settings: Settings, topic: str, *, kill_at: int | None = None) -> End:
+    """Replay a topic's rejected messages in a process of its own, a few in each part."""
+    return Victim(_replay, settings, topic, kill_at, signal.SIGKILL).end
 
 
 @contextmanager
@@ -120,6 +128,14 @@ def _batch(settings: Settings, batch: Batch, *points: Any) -> None:
 def _catch_up(settings: Settings, *points: Any) -> None:
     runner = CatchUp(WatchedPipeline(settings, Points(*points)), lambda *_: None)
     runner.run(runner.backlog())
+
+
+def _replay(settings: Settings, topic: str, *points: Any) -> None:
+    reached = Points(*points)
+    reached.step = "replay"
+    replay_module._MESSAGES_A_PART = CHUNK_MESSAGES
+    watch_database(reached)
+    Replay(settings, Filter(topics=[topic])).run(lambda _: None)
 
 
 class Points:
