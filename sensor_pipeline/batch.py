@@ -131,7 +131,15 @@ class Pipeline:
         pauses = iter(RETRY_PAUSES)
         while True:
             try:
-                return write(self.database, batch, drained, detected, origin, self.settings.max_rejected_share)
+                return write(
+                    self.database,
+                    batch,
+                    drained,
+                    detected,
+                    origin,
+                    self.settings.max_rejected_share,
+                    self.settings.alert_max_age,
+                )
             except RowsRefusedError as error:
                 drained = self._reject(batch, drained, error.refused)
                 detected = self.detect(drained)

@@ -33,6 +33,7 @@ _RIGHTS = {
     "ingested_offsets": "SELECT, INSERT, UPDATE",
     "batches": "SELECT, INSERT",
     "accepted_gaps": "SELECT, INSERT",
+    "notices": "SELECT, INSERT, UPDATE, DELETE",
 }
 
 _MORE_RIGHTS = {

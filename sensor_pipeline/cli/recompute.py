@@ -29,7 +29,8 @@ def command(names: tuple[str, ...], since: datetime | None, until: datetime | No
     """
     if since and until and since > until:
         raise ConfigurationError("--since lies after --until; exchange them")
-    database = Database(Settings.from_env(environment()))
+    settings = Settings.from_env(environment())
+    database = Database(settings)
     with database.begin() as connection:
         database.check_schema(connection)
         machines = find_machines(connection, names)
@@ -37,7 +38,7 @@ def command(names: tuple[str, ...], since: datetime | None, until: datetime | No
     with progress() as (bar, say):
         task = bar.add_task("failures by their readings", total=len(machines))
         for machine in machines:
-            mended = recompute_machine(database, machine, since, until)
+            mended = recompute_machine(database, machine, since, until, settings.alert_max_age)
             if mended is not None:
                 for difference in mended.differences[:EXAMPLES]:
                     say(f"machine {machine.name}: {difference}")

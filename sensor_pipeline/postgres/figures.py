@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
+
+from sensor_pipeline.notices import REJECTED_WITHIN, Throughput
 
 _TOTALS = sa.text("""
     SELECT (SELECT coalesce(sum(readings), 0) FROM ingested_offsets)::bigint AS readings,
@@ -20,6 +23,18 @@ _LAST_BATCHES = sa.text("""
            no_record, failures_started, failures_ended, started_at, committed_at, timings
     FROM batches JOIN topics ON topics.id = batches.topic_id
     ORDER BY committed_at DESC LIMIT :count
+""")
+# Messages are counted as done with the batch that brought them.
+_THROUGHPUT = sa.text("""
+    SELECT first_seen AS known_since, done.offsets AS done, done.rejected
+    FROM topics, LATERAL (
+        SELECT coalesce(sum(inserted + rejected + no_record) FILTER (WHERE age < CAST(:within AS interval)), 0)::bigint
+                   AS offsets,
+               coalesce(sum(rejected) FILTER (WHERE age < CAST(:rejected_within AS interval)), 0)::bigint AS rejected
+        FROM batches, LATERAL (SELECT statement_timestamp() - committed_at AS age) AS ago
+        WHERE topic_id = topics.id AND committed_at > statement_timestamp() - CAST(:longer AS interval)
+    ) AS done
+    WHERE kafka_topic_id = :kafka_topic_id
 """)
 
 
@@ -42,3 +57,10 @@ def read_figures(connection: sa.Connection, last_batches: int) -> Figures:
     reasons = {row.reason: row.messages for row in connection.execute(_REASONS)}
     batches = [dict(row._mapping) for row in connection.execute(_LAST_BATCHES, {"count": last_batches})]
     return Figures(**totals._mapping, rejected_by_reason=reasons, last_batches=batches)
+
+
+def read_throughput(connection: sa.Connection, kafka_topic_id: str, within: timedelta) -> Throughput | None:
+    """What was done of a topic within some time, by the batch log; None where the pipeline does not know it yet."""
+    spans = {"within": within, "rejected_within": REJECTED_WITHIN, "longer": max(within, REJECTED_WITHIN)}
+    row = connection.execute(_THROUGHPUT, {"kafka_topic_id": kafka_topic_id, **spans}).one_or_none()
+    return None if row is None else Throughput(**row._mapping)

@@ -23,6 +23,7 @@ GRANTS = {
     "GRANT SELECT, INSERT, UPDATE ON machines, ingested_offsets TO {role}": "INSERT on machines, UPDATE on machines",
     "GRANT SELECT, INSERT, UPDATE, DELETE ON failures TO {role}": "DELETE on failures",
     "GRANT SELECT, INSERT ON rejected_messages, batches, accepted_gaps TO {role}": "INSERT on rejected_messages",
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON notices TO {role}": "DELETE on notices",
     "GRANT SELECT ON readings_horizon, sensor_pipeline_schema TO {role}": "SELECT on readings_horizon",
     "GRANT USAGE ON SEQUENCE failures_id_seq TO {role}": "USAGE on the sequence of failures",
 }
