@@ -10,10 +10,14 @@ import os
 from dagster import Definitions
 
 from sensor_pipeline.orchestration.job import build_job
+from sensor_pipeline.orchestration.notices import build_notice_sensor, build_run_notice_sensor
 from sensor_pipeline.orchestration.sensor import build_sensor
 from sensor_pipeline.settings import Settings
 
 settings = Settings.from_env(os.environ)
 job = build_job(settings)
 
-defs = Definitions(jobs=[job], sensors=[build_sensor(settings, job)])
+defs = Definitions(
+    jobs=[job],
+    sensors=[build_sensor(settings, job), build_notice_sensor(settings), build_run_notice_sensor(settings, job)],
+)
