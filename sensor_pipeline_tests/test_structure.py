@@ -18,13 +18,13 @@ PACKAGE = ROOT / "sensor_pipeline"
 # From the ground up; a module may import those of the rows below its own, and of its own part.
 FLOORS = [
     ["errors", "collector"],
-    ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv"],
-    ["plain"],
+    ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv", "webhook"],
+    ["plain", "notices"],
     ["messages"],
     ["drained"],
     ["kafka", "postgres"],
-    ["backlog", "publish"],
-    ["batch"],
+    ["backlog", "publish", "delivery"],
+    ["batch", "watch", "metrics"],
     ["catch_up"],
     ["embedded", "orchestration"],
     ["bench"],
@@ -38,6 +38,8 @@ OWNERS = {
     "psycopg2": {"postgres", "embedded", "bench"},
     "dagster": {"orchestration", "cli", "embedded"},
     "alembic": {"postgres"},
+    "requests": {"webhook", "embedded"},
+    "prometheus_client": {"metrics", "cli"},
 }
 
 
