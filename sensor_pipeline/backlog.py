@@ -63,7 +63,7 @@ def read_backlog(
 def oldest_unread(kafka: Kafka, backlog: TopicBacklog) -> datetime | None:
     """The timestamp of the oldest record that is not ingested, by the first one of each partition; None without any."""
     starts = {p.partition: r.start for p in backlog.partitions if not p.cut_off and (r := _first_unread(p))}
-    return min(kafka.timestamps(backlog.topic, starts).values(), default=None) if starts else None
+    return min(kafka.record_times(backlog.topic, starts).values(), default=None) if starts else None
 
 
 def _first_unread(partition: PartitionBacklog) -> OffsetRange | None:

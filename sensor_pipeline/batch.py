@@ -152,7 +152,9 @@ class Pipeline:
         """
         while True:
             limit = self.settings.max_rejected_share
-            attempt = partial(write, self.database, batch, drained, detected, origin, limit)
+            attempt = partial(
+                write, self.database, batch, drained, detected, origin, limit, self.settings.alert_max_age
+            )
             try:
                 return retried(attempt, what=f"batch {batch}", sleep=self._sleep)
             except RowsRefusedError as error:

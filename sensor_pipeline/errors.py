@@ -32,5 +32,9 @@ class TooManyRejectedError(DataError):
     """A larger share of a batch's messages would be rejected than `MAX_REJECTED_SHARE` allows."""
 
 
+class NoticeRefusedError(DataError):
+    """The webhook refuses a notice, and not because it is down or busy."""
+
+
 class ConservationError(DataError):
     """A batch's offsets do not add up to what became of them."""

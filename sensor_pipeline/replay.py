@@ -101,6 +101,7 @@ class Replay:
     ) -> None:
         self.outcome = Outcome()
         self._database = Database(settings)
+        self._alert_max_age = settings.alert_max_age
         self._decoder = MessageDecoder(settings.max_future, settings.naive_timestamp_tz, settings.max_message_bytes)
         self._dry_run = dry_run
         self._dagster_run_id = dagster_run_id
@@ -146,7 +147,7 @@ class Replay:
 
     def _write(self, topic: StoredTopic, readings: pd.DataFrame) -> Replayed:
         origin = Origin(datetime.now(UTC), self._dagster_run_id)
-        attempt = partial(replay, self._database, topic, readings, self._decoder, origin)
+        attempt = partial(replay, self._database, topic, readings, self._decoder, origin, self._alert_max_age)
         return retried(attempt, what=f"replay of topic {topic.name}", sleep=self._sleep)
 
     def _note_done(self, topic: StoredTopic, done: Replayed) -> None:

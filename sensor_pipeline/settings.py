@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 from sensor_pipeline.errors import ConfigurationError
@@ -24,6 +25,9 @@ DAEMON_TICK_SECONDS = 5
 BATCHES_IN_FLIGHT = 2
 # Under a backlog so many, in flight included, are planned: one that ends is followed at once and not at the next look.
 BATCHES_PLANNED = 4
+
+# What happened longer ago is recorded when it is found, and nobody is told.
+ALERT_MAX_AGE = timedelta(days=1)
 
 _SLOW_READINGS_PER_SECOND = 10_000
 
@@ -42,6 +46,8 @@ _RESERVED_PROPERTIES = {
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|seconds?|min|minutes?|h|hours?|d|days?|w|weeks?)")
+# PostgreSQL counts back from now with it.
+_TEN_YEARS = timedelta(days=3650)
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 StartFrom = Literal["earliest", "latest", "group"] | datetime
@@ -74,6 +80,12 @@ class Settings:
     silent_after: timedelta = timedelta(hours=1)
     runs_kept_days: int = 14
     batches_kept_days: int = 90
+    alert_webhook_url: str | None = field(default=None, repr=False)
+    alert_max_age: timedelta = ALERT_MAX_AGE
+    alert_repeat: timedelta = timedelta(hours=1)
+    alert_behind_after: timedelta = timedelta(minutes=15)
+    alert_rejected: int = 100
+    notices_kept_days: int = 7
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -92,7 +104,8 @@ class Settings:
             try:
                 values[attribute] = parse(text)
             except ValueError as error:
-                problems.append(f"{name}={text!r}: {error}")
+                said = name if parse is _webhook_url else f"{name}={text!r}"
+                problems.append(f"{said}: {error}")
         values["kafka_client"] = _client_properties(env, problems)
         if problems:
             raise ConfigurationError("wrong setting: " + "; ".join(problems))
@@ -162,6 +175,16 @@ def check_order(since: datetime | None, until: datetime | None) -> None:
         raise ConfigurationError(f"since ({since.isoformat()}) lies after until ({until.isoformat()}); exchange them")
 
 
+def _duration(low: timedelta, high: timedelta) -> Callable[[str], timedelta]:
+    def parse(text: str) -> timedelta:
+        duration = parse_duration(text)
+        if not low <= duration <= high:
+            raise ValueError(f"must be a duration from {low.total_seconds():.0f}s to {high.days} days")
+        return duration
+
+    return parse
+
+
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
@@ -184,6 +207,18 @@ def _text(text: str) -> str:
 
 
 def _secret(text: str) -> str:
+    return text
+
+
+def _webhook_url(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url or re.search(r"[^!-~]", text):
+        # Never with the address itself: whoever has it can post.
+        raise ValueError("must be an address such as https://hooks.example.com/services/...")
     return text
 
 
@@ -248,6 +283,12 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "SILENT_AFTER": ("silent_after", parse_duration),
     "RUNS_KEPT_DAYS": ("runs_kept_days", _whole(1, 100_000)),
     "BATCHES_KEPT_DAYS": ("batches_kept_days", _whole(1, 100_000)),
+    "ALERT_WEBHOOK_URL": ("alert_webhook_url", _webhook_url),
+    "ALERT_MAX_AGE": ("alert_max_age", _duration(timedelta(0), _TEN_YEARS)),
+    "ALERT_REPEAT": ("alert_repeat", _duration(timedelta(0), _TEN_YEARS)),
+    "ALERT_BEHIND_AFTER": ("alert_behind_after", _duration(timedelta(minutes=1), _TEN_YEARS)),
+    "ALERT_REJECTED": ("alert_rejected", _whole(0, 1_000_000_000)),
+    "NOTICES_KEPT_DAYS": ("notices_kept_days", _whole(1, 3650)),
 }
 
 

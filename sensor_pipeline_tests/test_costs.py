@@ -25,6 +25,7 @@ from sensor_pipeline.offsets import Batch, OffsetRange
 from sensor_pipeline.postgres import copy
 from sensor_pipeline.publish import Publisher
 from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.test_any_history import Log, message
 
 DECODER = MessageDecoder(timedelta(days=1), ZoneInfo("UTC"), 1_000_000)
 # What COPY takes of a row beside its values: 31 or 39 bytes of columns, their lengths and number.
@@ -163,6 +164,28 @@ def test_a_batch_takes_as_many_statements_and_connections_for_many_readings_as_f
     assert large.consumers <= 3
     beside = large.copied_bytes - sum(len(_values_of(value)) for value in values[4_000:])
     assert beside / 8_000 < MOST_BYTES_BESIDE_VALUES
+
+
+def test_notices_take_a_batch_one_statement_and_only_where_there_are_some(database_settings: Settings) -> None:
+    log = Log(database_settings, "readings", "readings-id")
+    said: list[str] = []
+    sa.event.listen(log.pipeline.database._engine, "before_cursor_execute", lambda *event: said.append(event[2]))
+
+    def statements(first: int, failing: bool) -> int:
+        """Of a batch of 300 machines with four readings each; of them, those that speak of notices."""
+        start = len(log.partitions.get(0, []))
+        for second in range(first, first + 4):
+            for machine in range(300):
+                log.publish(0, message(f"m{machine}", second, failing and second % 2 == 0))
+        said.clear()
+        log.ingest([OffsetRange(0, start, start + 1_200)])
+        return sum("notices" in statement for statement in said)
+
+    assert statements(0, failing=False) == 0
+    assert statements(4, failing=True) == 1
+    assert statements(8, failing=False) == 0
+    with log.pipeline.database.begin() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM notices").scalar_one() == 300 * 4
 
 
 def _values_of(message: bytes) -> bytes:

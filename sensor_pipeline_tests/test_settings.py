@@ -40,6 +40,12 @@ DEFAULTS: dict[str, Any] = {
     "SILENT_AFTER": timedelta(hours=1),
     "RUNS_KEPT_DAYS": 14,
     "BATCHES_KEPT_DAYS": 90,
+    "ALERT_WEBHOOK_URL": None,
+    "ALERT_MAX_AGE": timedelta(days=1),
+    "ALERT_REPEAT": timedelta(hours=1),
+    "ALERT_BEHIND_AFTER": timedelta(minutes=15),
+    "ALERT_REJECTED": 100,
+    "NOTICES_KEPT_DAYS": 7,
 }
 
 SSL_MODES = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
@@ -82,6 +88,14 @@ VALID: list[tuple[str, str, Any]] = [
     ("MAX_REJECTED_SHARE", "2.9 %", 0.029),
     ("MAX_REJECTED_SHARE", "100%", 1.0),
     ("NAIVE_TIMESTAMP_TZ", "Europe/Berlin", ZoneInfo("Europe/Berlin")),
+    ("ALERT_WEBHOOK_URL", "https://hooks.example.com/services/T/B/x", "https://hooks.example.com/services/T/B/x"),
+    ("ALERT_WEBHOOK_URL", " http://user:word@[::1]:8065/hooks?a=b ", "http://user:word@[::1]:8065/hooks?a=b"),
+    ("ALERT_MAX_AGE", "0s", timedelta(0)),
+    ("ALERT_MAX_AGE", "3650 days", timedelta(days=3650)),
+    ("ALERT_REPEAT", "10 min", timedelta(minutes=10)),
+    ("ALERT_BEHIND_AFTER", "60s", timedelta(minutes=1)),
+    ("ALERT_REJECTED", "0", 0),
+    ("NOTICES_KEPT_DAYS", "3650", 3650),
 ]
 
 PORTS = "host:port, comma-separated for several"
@@ -149,9 +163,26 @@ INVALID: list[tuple[str, str, str]] = [
     ("NAIVE_TIMESTAMP_TZ", "../../etc/passwd", "a time zone of the IANA database"),
     ("NAIVE_TIMESTAMP_TZ", "x" * 5_000, "a time zone of the IANA database"),
     ("NAIVE_TIMESTAMP_TZ", "a\x00b", "a time zone of the IANA database"),
+    ("ALERT_MAX_AGE", "1", DURATION),
+    ("ALERT_MAX_AGE", "3651 days", "a duration from 0s to 3650 days"),
+    ("ALERT_REPEAT", "often", DURATION),
+    ("ALERT_BEHIND_AFTER", "59s", "a duration from 60s to 3650 days"),
+    ("ALERT_REJECTED", "1%", f"{WHOLE} 0 to 1000000000"),
+    ("NOTICES_KEPT_DAYS", "0", f"{WHOLE} 1 to 3650"),
 ]
 # Any text will do; whether it is the right one, the server says.
 FREE_TEXT = {"KAFKA_GROUP_ID", "POSTGRES_HOST", "POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"}
+# It is a secret, and is not said when it is wrong.
+WRONG_URLS = [
+    "hooks.example.com/x",
+    "ftp://a/x",
+    "https://",
+    "https:///x",
+    "https://a:0/x",
+    "https://a:x/",
+    "http://a b/",
+    "http://\u00fc/x",
+]
 
 
 def value(settings: Settings, name: str) -> Any:
@@ -169,7 +200,7 @@ def message_of(env: dict[str, str]) -> str:
 def test_every_variable_is_tested_here_valid_and_invalid() -> None:
     assert DEFAULTS.keys() == _VARIABLES.keys()
     assert {name for name, _, _ in VALID} == set(_VARIABLES)
-    assert {name for name, _, _ in INVALID} == set(_VARIABLES) - FREE_TEXT
+    assert {name for name, _, _ in INVALID} == set(_VARIABLES) - FREE_TEXT - {"ALERT_WEBHOOK_URL"}
     attributes = {attribute for attribute, _ in _VARIABLES.values()} | {"kafka_client"}
     assert attributes == set(Settings.__dataclass_fields__)
 
@@ -201,6 +232,14 @@ def test_a_wrong_value_is_named_with_what_it_may_be(name: str, text: str, may_be
     assert may_be in said
 
 
+@pytest.mark.parametrize("url", WRONG_URLS)
+def test_a_wrong_address_of_a_webhook_is_named_and_not_said(url: str) -> None:
+    said = message_of({"ALERT_WEBHOOK_URL": url})
+    assert said == (
+        "wrong setting: ALERT_WEBHOOK_URL: must be an address such as https://hooks.example.com/services/..."
+    )
+
+
 def test_several_wrong_values_are_named_at_once() -> None:
     env = {"LANES": "none", "BATCH_SIZE": "2", "START_FROM": "now", "KAFKA_CLIENT_GROUP_ID": "x", "MAX_FUTURE": "soon"}
     said = message_of(env)
@@ -218,6 +257,7 @@ def test_secrets_are_in_no_repr_and_in_no_error() -> None:
         "POSTGRES_PASSWORD": "hunter2",
         "KAFKA_CLIENT_SASL_PASSWORD": "hunter2",
         "KAFKA_CLIENT_SSL_KEY_PASSWORD": "hunter2",
+        "ALERT_WEBHOOK_URL": "https://hooks.example.com/hunter2",
     }
     settings = Settings.from_env(secrets)
     assert settings.postgres_password == settings.kafka_client["sasl.password"] == "hunter2"

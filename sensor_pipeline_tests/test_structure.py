@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -18,13 +20,13 @@ PACKAGE = ROOT / "sensor_pipeline"
 # From the ground up; a module may import those of the rows below its own, and of its own part.
 FLOORS = [
     ["errors", "collector"],
-    ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv"],
-    ["plain"],
+    ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv", "webhook"],
+    ["plain", "notices"],
     ["messages"],
     ["drained"],
     ["kafka", "postgres"],
-    ["backlog", "publish", "pace", "timeline"],
-    ["batch"],
+    ["backlog", "publish", "delivery", "timeline"],
+    ["batch", "watch", "metrics"],
     ["catch_up", "replay"],
     ["embedded", "orchestration"],
     ["bench"],
@@ -38,6 +40,8 @@ OWNERS = {
     "psycopg2": {"postgres", "embedded", "bench"},
     "dagster": {"orchestration", "cli", "embedded"},
     "alembic": {"postgres"},
+    "requests": {"webhook", "embedded"},
+    "prometheus_client": {"metrics", "cli"},
 }
 
 
@@ -85,6 +89,13 @@ def test_only_the_definitions_and_the_command_line_read_the_environment() -> Non
         str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if re.search(r"os\.environ|getenv", p.read_text())
     }
     assert {r for r in readers if not r.startswith(("embedded/", "cli/", "bench/"))} == {"orchestration/definitions.py"}
+
+
+def test_a_run_imports_neither_an_http_client_nor_the_metrics() -> None:
+    """Each run's process pays for what the definitions import."""
+    code = "import sys, sensor_pipeline.orchestration.definitions; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"requests", "urllib3", "prometheus_client"} & set(said.split())
 
 
 @pytest.mark.parametrize("variable", sorted([*_VARIABLES, "KAFKA_CLIENT_<PROPERTY>"]))

@@ -19,6 +19,7 @@ _COMMANDS = {
     "catch-up": "catch_up",
     "status": "status",
     "doctor": "doctor",
+    "metrics": "metrics",
     "migrate": "migrate",
     "rejected": "rejected",
     "accept-gap": "accept_gap",

@@ -33,6 +33,7 @@ _RIGHTS = {
     "ingested_offsets": "SELECT, INSERT, UPDATE",
     "batches": "SELECT, INSERT, DELETE",
     "accepted_gaps": "SELECT, INSERT",
+    "notices": "SELECT, INSERT, UPDATE, DELETE",
 }
 
 _MORE_RIGHTS = {

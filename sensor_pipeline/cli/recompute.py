@@ -24,7 +24,8 @@ def command(names: tuple[str, ...], since: datetime | None, until: datetime | No
     Where nothing is wrong, nothing is locked or written. A failure that touches the time is mended whole, and keeps its
     id by the rule that batches follow.
     """
-    recompute = Recompute(Database(Settings.from_env(environment())), names, since, until)
+    settings = Settings.from_env(environment())
+    recompute = Recompute(Database(settings), names, since, until, settings.alert_max_age)
     with progress() as (bar, say):
         task = bar.add_task("failures by their readings", total=len(recompute.machines))
         for machine, mended in recompute.run():

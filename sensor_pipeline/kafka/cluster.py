@@ -12,15 +12,19 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, IsolationLevel, KafkaError,
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from sensor_pipeline.drained import Records
-from sensor_pipeline.errors import ConfigurationError, TopicReplacedError
+from sensor_pipeline.errors import ConfigurationError, TopicReplacedError, UnavailableError
 from sensor_pipeline.kafka.connection import Connection
 from sensor_pipeline.kafka.drain import Drain
+from sensor_pipeline.kafka.errors import OUT_OF_RANGE
 from sensor_pipeline.offsets import Batch, OffsetRange
 from sensor_pipeline.settings import Settings
 
 _NO_TOPIC_ID = "AAAAAAAAAAAAAAAAAAAAAA"
 # Stands beside each offset that mirrors a ledger, and so tells it from one that another consumer has got to.
 _MIRROR = "mirror of sensor_pipeline's ledger"
+# One record is wanted of each partition. Of a partition that is not the first in its answer a broker gives no record
+# batch that is larger, so what has been read is paused: each then has its turn to be the first.
+_ONE_RECORD = {"fetch.message.max.bytes": 65_536, "queued.min.messages": 1}
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,37 @@ class Kafka(Connection):
         ends = self.end_offsets(topic)
         return {p: offset if offset >= 0 else ends[p] for p, offset in found.items()}
 
+    def record_times(self, topic: Topic, offsets: Mapping[int, int]) -> dict[int, datetime]:
+        """For each partition the time of its first record from an offset on, as Kafka has it with the record.
+
+        A partition is left out where there is no such record, or none any more, or where records have no time.
+        """
+        found: dict[int, datetime] = {}
+        if not offsets:
+            return found
+        left = set(offsets)
+        deadline = time.monotonic() + self.timeout
+        with self.consumer(_ONE_RECORD) as consumer:
+            consumer.assign([TopicPartition(topic.name, p, offset) for p, offset in offsets.items()])
+            while left:
+                message = consumer.poll(max(0.0, deadline - time.monotonic()))
+                if message is None:
+                    raise UnavailableError(
+                        f"Kafka at {self.servers} gave no record of topic {topic.name} in {self.timeout:g} s"
+                        f"{self.said()}; check that it runs, then try again"
+                    )
+                partition, error = message.partition(), message.error()
+                if error is not None and error.code() not in {KafkaError._PARTITION_EOF, *OUT_OF_RANGE}:
+                    raise self.error(error, topic.name)
+                if partition not in left:
+                    continue
+                left.remove(partition)
+                consumer.pause([TopicPartition(topic.name, partition)])
+                kind, milliseconds = message.timestamp()
+                if error is None and kind != TIMESTAMP_NOT_AVAILABLE:
+                    found[partition] = datetime.fromtimestamp(milliseconds / 1000, UTC)
+        return found
+
     def committed_offsets(self, topic: Topic) -> dict[int, int]:
         """The group's committed offset for each partition that has one."""
         return {entry.partition: entry.offset for entry in self._committed(topic)}
@@ -123,27 +158,6 @@ class Kafka(Connection):
             TopicReplacedError: the topic is not, or no longer, the one that the batch was planned for.
         """
         return Drain(self, batch, wanted, self._stall_timeout).run()
-
-    def timestamps(self, topic: Topic, offsets: Mapping[int, int]) -> dict[int, datetime]:
-        """For each partition the timestamp of the first record from an offset on; what has none in time is left out."""
-        wanted = dict(offsets)
-        found: dict[int, datetime] = {}
-        with self.consumer() as consumer:
-            consumer.assign([TopicPartition(topic.name, p, offset) for p, offset in sorted(offsets.items())])
-            deadline = time.monotonic() + self.timeout
-            while wanted and (left := deadline - time.monotonic()) > 0:
-                for message in self.call(partial(consumer.consume, len(wanted), min(left, 1)), topic.name):
-                    partition = message.partition()
-                    if partition not in wanted:
-                        continue
-                    error = message.error()
-                    if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                        raise self.error(error, topic.name)
-                    del wanted[partition]
-                    kind, milliseconds = message.timestamp()
-                    if error is None and kind != TIMESTAMP_NOT_AVAILABLE:
-                        found[partition] = datetime.fromtimestamp(milliseconds / 1000, UTC)
-        return found
 
     def _committed(self, topic: Topic) -> list[TopicPartition]:
         wanted = [TopicPartition(topic.name, p) for p in topic.partitions]

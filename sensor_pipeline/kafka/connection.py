@@ -47,12 +47,15 @@ class Connection:
         return self._admin
 
     @contextmanager
-    def consumer(self) -> Iterator[Consumer]:
-        """A consumer for one block; it joins no group, resets no offset and reads committed records only."""
+    def consumer(self, fetch: Mapping[str, object] = _FETCH) -> Iterator[Consumer]:
+        """A consumer for one block; it joins no group, resets no offset and reads committed records only.
+
+        `fetch` says how it fetches, where the user does not.
+        """
         consumer = self._make(
             Consumer,
             {
-                **{name: value for name, value in _FETCH.items() if name not in self._properties},
+                **{name: value for name, value in fetch.items() if name not in self._properties},
                 "group.id": self._group,
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,

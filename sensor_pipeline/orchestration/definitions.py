@@ -13,6 +13,7 @@ from sensor_pipeline.orchestration import house, picture
 from sensor_pipeline.orchestration.assets import build_assets
 from sensor_pipeline.orchestration.checks import build_checks, build_schedule
 from sensor_pipeline.orchestration.job import build_job
+from sensor_pipeline.orchestration.notices import build_notice_sensor, build_run_notice_sensor
 from sensor_pipeline.orchestration.repair import build_recompute_job, build_replay_job
 from sensor_pipeline.orchestration.sensor import build_sensor
 from sensor_pipeline.settings import Settings
@@ -28,6 +29,6 @@ defs = Definitions(
     assets=build_assets(settings),
     asset_checks=[checks],
     jobs=[job, *repairs, picture_job, house_job],
-    sensors=[build_sensor(settings, job)],
     schedules=[build_schedule(checks), picture.build_schedule(picture_job), house.build_schedule(house_job)],
+    sensors=[build_sensor(settings, job), build_notice_sensor(settings), build_run_notice_sensor(settings, job)],
 )

@@ -15,6 +15,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from sensor_pipeline.failures import NONE, ORDER, Probes, Recomputed, edges, probes, recompute
+from sensor_pipeline.notices import changes
 from sensor_pipeline.postgres.failure_rows import (
     FAILURE,
     UTC_MICROSECONDS,
@@ -98,12 +99,14 @@ class FailureEvent:
 class Settled:
     """What a batch did to the failures.
 
-    `failure_id` holds, for each failing reading of the batch by its index, the id of its failure.
+    `failure_id` holds, for each failing reading of the batch by its index, the id of its failure. `told` are the
+    notices that follow, as `notices.changes` gives them.
     """
 
     failure_id: pd.Series[int]
     started: list[FailureEvent]
     ended: list[FailureEvent]
+    told: pd.DataFrame
 
 
 def settle(
@@ -194,6 +197,7 @@ def _store(connection: sa.Connection, recomputed: Recomputed, known: pd.DataFram
         failure_id=recomputed.batch_episode.map(episodes["id"]).astype(np.int64),
         started=_events(episodes[stored.is_new], "start"),
         ended=_events(ended, "end"),
+        told=changes(known, episodes, recomputed.vanished),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import pandas as pd
 import sqlalchemy as sa
 
+from sensor_pipeline.notices import REJECTED_WITHIN, Throughput
 from sensor_pipeline.postgres.failure_rows import UTC_MICROSECONDS, to_frame
 
 _TOTALS = sa.text("""
@@ -46,6 +47,18 @@ _LAST_BATCHES = sa.text("""
            rejected, no_record, failures_started, failures_ended, started_at, committed_at, timings
     FROM batches JOIN topics ON topics.id = batches.topic_id
     ORDER BY committed_at DESC LIMIT :count
+""")
+# Messages are counted as done with the batch that brought them.
+_THROUGHPUT = sa.text("""
+    SELECT first_seen AS known_since, done.offsets AS done, done.rejected
+    FROM topics, LATERAL (
+        SELECT coalesce(sum(inserted + rejected + no_record) FILTER (WHERE age < CAST(:within AS interval)), 0)::bigint
+                   AS offsets,
+               coalesce(sum(rejected) FILTER (WHERE age < CAST(:rejected_within AS interval)), 0)::bigint AS rejected
+        FROM batches, LATERAL (SELECT statement_timestamp() - committed_at AS age) AS ago
+        WHERE topic_id = topics.id AND committed_at > statement_timestamp() - CAST(:longer AS interval)
+    ) AS done
+    WHERE kafka_topic_id = :kafka_topic_id
 """)
 
 
@@ -104,3 +117,10 @@ def failures_between(connection: sa.Connection, since: datetime, until: datetime
     """`machine` (its name), `start` and `end` (datetime64[us, UTC], NaT while active) of failures in some time."""
     rows = connection.execute(_FAILED, {"since": since, "until": until})
     return to_frame(rows, {"machine": "object", "start": UTC_MICROSECONDS, "end": UTC_MICROSECONDS})
+
+
+def read_throughput(connection: sa.Connection, kafka_topic_id: str, within: timedelta) -> Throughput | None:
+    """What was done of a topic within some time, by the batch log; None where the pipeline does not know it yet."""
+    spans = {"within": within, "rejected_within": REJECTED_WITHIN, "longer": max(within, REJECTED_WITHIN)}
+    row = connection.execute(_THROUGHPUT, {"kafka_topic_id": kafka_topic_id, **spans}).one_or_none()
+    return None if row is None else Throughput(**row._mapping)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pandas as pd
 import sqlalchemy as sa
 
 from sensor_pipeline.failures import NONE, keep_ids
+from sensor_pipeline.notices import changes
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.failure_rows import failure_frame, store_failures
 from sensor_pipeline.postgres.history import (
@@ -26,8 +27,9 @@ from sensor_pipeline.postgres.history import (
     widen,
 )
 from sensor_pipeline.postgres.machines import lock
+from sensor_pipeline.postgres.notices import add_changes
 from sensor_pipeline.postgres.verify import EXAMPLES, SNAPSHOT, Machine, find_machines, look
-from sensor_pipeline.settings import check_order
+from sensor_pipeline.settings import ALERT_MAX_AGE, check_order
 
 _SETTINGS = sa.text("SET LOCAL jit = off")
 _SEE = sa.text("""
@@ -92,6 +94,7 @@ class Recompute:
         names: of machines; none: all of them.
         since: with `until`, the time that a failure has to touch.
         until: see `since`.
+        alert_max_age: notices of what is older are recorded and not sent.
 
     Raises:
         ConfigurationError: a name is no machine's, the time ends before it begins, or the schema is not this code's.
@@ -103,10 +106,12 @@ class Recompute:
         names: Sequence[str] = (),
         since: datetime | None = None,
         until: datetime | None = None,
+        alert_max_age: timedelta = ALERT_MAX_AGE,
     ) -> None:
         check_order(since, until)
         self._database = database
         self._since, self._until = since, until
+        self._alert_max_age = alert_max_age
         self.total = Total()
         with database.begin() as connection:
             database.check_schema(connection)
@@ -115,17 +120,22 @@ class Recompute:
     def run(self) -> Iterator[tuple[Machine, Mended | None]]:
         """Each machine, and what was mended of it."""
         for machine in self.machines:
-            mended = recompute_machine(self._database, machine, self._since, self._until)
+            mended = recompute_machine(self._database, machine, self._since, self._until, self._alert_max_age)
             self.total.add(mended)
             yield machine, mended
 
 
 def recompute_machine(
-    database: Database, machine: Machine, since: datetime | None = None, until: datetime | None = None
+    database: Database,
+    machine: Machine,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    alert_max_age: timedelta = ALERT_MAX_AGE,
 ) -> Mended | None:
     """Mend what is wrong with a machine's failures that touch some time (None: from its beginning, to its end).
 
-    Ids are kept by the rule that batches follow. Returns None where nothing was wrong.
+    Ids are kept by the rule that batches follow, and so are notices; what lies further back than `alert_max_age` is
+    told to nobody. Returns None where nothing was wrong.
     """
     with database.begin() as connection:
         connection.execute(SNAPSHOT)
@@ -141,17 +151,19 @@ def recompute_machine(
         ends = [difference.until for difference in differences]
         last = None if None in ends else max(end for end in ends if end is not None)
         # Anew, since a batch may have come in between.
-        return _mend(connection, widen(connection, machine.id, differences[0].since, last), said)
+        return _mend(connection, widen(connection, machine.id, differences[0].since, last), said, alert_max_age)
 
 
-def _mend(connection: sa.Connection, window: Window, said: list[str]) -> Mended:
+def _mend(connection: sa.Connection, window: Window, said: list[str], alert_max_age: timedelta) -> Mended:
     found, stored = find_episodes(connection, window), stored_failures(connection, window)
     # An id that is another machine's, or that of a failure before or after, is none of these failures'.
     shared = [(episode.number, failure_id) for episode in found for failure_id in episode.ids if failure_id in stored]
     kept = keep_ids(pd.DataFrame(shared, columns=["episode", "failure_id"], dtype="int64"))
     episodes = _frame(window, [(kept.get(episode.number, NONE), episode.span) for episode in found])
     vanished = sorted(stored.keys() - set(kept.values()))
-    written = store_failures(connection, episodes, _frame(window, stored.items()), vanished)
+    before = _frame(window, stored.items())
+    written = store_failures(connection, episodes, before, vanished)
+    add_changes(connection, changes(before, written.episodes, vanished), alert_max_age)
     ids = dict(zip((episode.number for episode in found), written.episodes["id"].tolist(), strict=True))
     return Mended(
         [*said, *(difference.text for difference in compare(found, stored))],

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pandas as pd
 import sqlalchemy as sa
@@ -53,7 +54,12 @@ def decode(decoder: MessageDecoder, messages: Records) -> Drained:
 
 
 def replay(
-    database: Database, topic: ledger.StoredTopic, looked_at: pd.DataFrame, decoder: MessageDecoder, origin: Origin
+    database: Database,
+    topic: ledger.StoredTopic,
+    looked_at: pd.DataFrame,
+    decoder: MessageDecoder,
+    origin: Origin,
+    alert_max_age: timedelta,
 ) -> Replayed:
     """Let rejected messages become readings, all of them or none.
 
@@ -63,6 +69,7 @@ def replay(
         looked_at: the readings that they are, as `decode` has found without a lock, at least one.
         decoder: with today's rules.
         origin: for the batch log.
+        alert_max_age: what a failure did longer ago is recorded as a notice and not sent.
 
     Raises:
         ConservationError: it does not add up; nothing was written.
@@ -81,7 +88,7 @@ def replay(
         decoded = decode(decoder, held)
         if decoded.readings.empty:
             return Replayed(_NOTHING, decoded.rejected, gone)
-        written = _move(connection, topic, decoded, origin)
+        written = _move(connection, topic, decoded, origin, alert_max_age)
         # 7
         if len(held.value) != written.inserted + len(decoded.rejected):
             raise _does_not_add_up(
@@ -98,14 +105,16 @@ def places_of(readings: pd.DataFrame) -> list[tuple[int, int]]:
     return list(zip(readings["partition"].tolist(), readings["offset"].tolist(), strict=True))
 
 
-def _move(connection: sa.Connection, topic: ledger.StoredTopic, decoded: Drained, origin: Origin) -> Written:
+def _move(
+    connection: sa.Connection, topic: ledger.StoredTopic, decoded: Drained, origin: Origin, alert_max_age: timedelta
+) -> Written:
     places = places_of(decoded.readings)
     ranges = ranges_of(places)
     _check_ledger(connection, topic, ranges)
     batch = Batch(topic.name, topic.kafka_topic_id, tuple(hull(ranges)))
     drained = Drained(decoded.readings, (), ())
     # 2 to 5
-    steps = Transaction(connection, batch, drained, detect(decoded.readings), origin)
+    steps = Transaction(connection, batch, drained, detect(decoded.readings), origin, alert_max_age=alert_max_age)
     stored = steps.store(topic)
     # 6
     removed = rejected.remove(connection, topic.id, places)

@@ -6,7 +6,7 @@ READ COMMITTED, in this order; locks are always taken in it, so that batches wai
 2. machines that are new, inserted in order of name
 3. healthy readings, which need no lock on machines and no knowledge of failures
 4. the batch's machines, locked in order of id
-5. in new statements: failures recomputed, failing readings copied in with the right failure
+5. in new statements: failures recomputed, notices of what they did, failing readings copied in with the right failure
 6. rejected messages, batch log, ledger
 7. the check that everything adds up, then the commit
 
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -35,8 +35,10 @@ from sensor_pipeline.postgres.copy import copy_readings
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.days import ensure_days
 from sensor_pipeline.postgres.episodes import FailureEvent, settle
+from sensor_pipeline.postgres.notices import add_changes
 from sensor_pipeline.postgres.refused import Refused, RowsRefusedError, insert
 from sensor_pipeline.postgres.rejected import add_rejected
+from sensor_pipeline.settings import ALERT_MAX_AGE
 
 # A process that stands still (suspended, on a frozen host) may keep its locks no longer than a run may take; where the
 # server has a limit of its own, that one holds.
@@ -99,6 +101,7 @@ def write(
     detected: pd.DataFrame,
     origin: Origin,
     max_rejected_share: float | None = None,
+    alert_max_age: timedelta = ALERT_MAX_AGE,
 ) -> Written:
     """Write one batch, all of it or nothing.
 
@@ -109,6 +112,7 @@ def write(
         detected: `drained.readings` as `failures.detect` returns them.
         origin: for the batch log.
         max_rejected_share: from 0 to 1; a batch of whose messages a larger share would be rejected is not written.
+        alert_max_age: what a failure did longer ago is recorded as a notice and not sent.
 
     Raises:
         TooManyRejectedError: that is so.
@@ -117,7 +121,7 @@ def write(
     """
     ensure_days(database, days_of(detected))
     with database.begin() as connection:
-        return Transaction(connection, batch, drained, detected, origin, max_rejected_share).run()
+        return Transaction(connection, batch, drained, detected, origin, max_rejected_share, alert_max_age).run()
 
 
 class Transaction:
@@ -131,6 +135,7 @@ class Transaction:
         detected: pd.DataFrame,
         origin: Origin,
         max_rejected_share: float | None = None,
+        alert_max_age: timedelta = ALERT_MAX_AGE,
     ) -> None:
         self._connection = connection
         self._batch = batch
@@ -138,6 +143,7 @@ class Transaction:
         self._readings = detected
         self._origin = origin
         self._max_rejected_share = max_rejected_share
+        self._alert_max_age = alert_max_age
         self._new_machines: set[int] = set()
         self._began = time.perf_counter()
         self._copying = 0.0
@@ -176,6 +182,7 @@ class Transaction:
         # Only now: another topic may have become known since, and have readings of these machines.
         ranks = {t.id: t.rank for t in ledger.topics(self._connection)}
         settled = settle(self._connection, readings.assign(topic_rank=ranks[topic.id]), last_seen, ranks)
+        add_changes(self._connection, settled.told, self._alert_max_age)
         inserted += self._copy(topic.id, readings[failing], settled.failure_id)
         machines.see(self._connection, machines.spans(readings))
         by_id = dict(zip(ids.tolist(), names, strict=True))

@@ -612,6 +612,10 @@ COLUMNS = {
         *("no_record", "failures_started", "failures_ended", "started_at", "committed_at"),
     },
     "accepted_gaps": {"topic_id", "kafka_partition", "offsets", "who", "when", "why"},
+    "notices": {
+        *("id", "kind", "machine_id", "failure_id", "start_time", "end_time", "event_time", "found_at", "subject"),
+        *("details", "attempts", "retry_at", "refused_since", "outcome", "closed_at"),
+    },
 }
 
 

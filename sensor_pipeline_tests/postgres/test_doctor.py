@@ -25,6 +25,7 @@ GRANTS = {
     "GRANT SELECT, INSERT, UPDATE, DELETE ON rejected_messages TO {role}": "DELETE on rejected_messages",
     "GRANT DELETE ON batches TO {role}": "DELETE on batches",
     "GRANT SELECT, INSERT ON batches, accepted_gaps TO {role}": "INSERT on batches",
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON notices TO {role}": "DELETE on notices",
     "GRANT SELECT ON readings_horizon, sensor_pipeline_schema TO {role}": "SELECT on readings_horizon",
     "GRANT USAGE ON SEQUENCE failures_id_seq TO {role}": "USAGE on the sequence of failures",
 }
