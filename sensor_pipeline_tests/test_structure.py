@@ -20,7 +20,7 @@ PACKAGE = ROOT / "sensor_pipeline"
 # From the ground up; a module may import those of the rows below its own, and of its own part.
 FLOORS = [
     ["errors", "collector"],
-    ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv", "webhook"],
+    ["settings", "offsets", "pace", "rules", "failures", "fleet", "labelled_csv", "webhook"],
     ["plain", "notices"],
     ["messages"],
     ["drained"],

@@ -124,7 +124,8 @@ def build_recompute_job(settings: Settings) -> JobDefinition:
         config: Mapping[str, Any] = context.op_config
         mended: list[tuple[Machine, Mended]] = []
         with failures_explained():
-            work = Recompute(Database(settings), config["machines"], *_times(config), settings.alert_max_age)
+            since, until = _times(config)
+            work = Recompute(Database(settings), config["machines"], since, until, settings.alert_max_age)
             for machine, found in work.run():
                 if found is not None and len(mended) < _MOST_ROWS:
                     mended.append((machine, found))
