@@ -14,6 +14,7 @@ MACHINES = AssetKey("machines")
 FAILURES = AssetKey("failures")
 READINGS = AssetKey("readings")
 REJECTED = AssetKey("rejected_messages")
+HEALTH = AssetKey("health")
 
 _OWNER = "team:sensor-pipeline"
 _GROUP = "sensor_pipeline"
@@ -90,6 +91,14 @@ def build_assets(settings: Settings) -> list[AssetSpec]:
             FAILURES,
             "When each machine failed, from its first failing reading to the first healthy one after it.",
             [READINGS],
+        ),
+        # Dagster takes a check for not evaluated as soon as its asset is materialized again, which each batch does.
+        AssetSpec(
+            HEALTH,
+            deps=[MACHINES, FAILURES, READINGS, REJECTED],
+            description="Whether all is as it must be: the checks of the tables and topics, every 15 minutes.",
+            owners=[_OWNER],
+            group_name=_GROUP,
         ),
     ]
 

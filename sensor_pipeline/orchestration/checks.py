@@ -1,4 +1,4 @@
-"""The checks of the assets, on a schedule of their own: none is paid for by a batch. None reads every reading.
+"""The checks of the data, on a schedule of their own: none is paid for by a batch. None reads every reading.
 
 `sensor-pipeline verify` asks the same questions of the tables, and those that read every reading besides.
 """
@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from functools import partial
 
 from dagster import (
-    AssetCheckKey,
     AssetCheckResult,
     AssetChecksDefinition,
     AssetCheckSeverity,
@@ -26,7 +25,7 @@ from dagster import (
 from sensor_pipeline.backlog import oldest_unread, read_backlog
 from sensor_pipeline.errors import SensorPipelineError
 from sensor_pipeline.kafka import Kafka
-from sensor_pipeline.orchestration.assets import FAILURES, MACHINES, READINGS, REJECTED
+from sensor_pipeline.orchestration.assets import HEALTH
 from sensor_pipeline.postgres import verify
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.figures import find_silent
@@ -36,43 +35,32 @@ JOB_NAME = "check_data"
 _EVERY_15_MINUTES = "*/15 * * * *"
 _NAMED_MACHINES = 20
 
-# Asked of the tables: the asset, the check's name, and the questions.
-_OF_TABLES = (
-    (READINGS, "conservation", verify.CONSERVATION),
-    (READINGS, "ledger_totals", verify.LEDGER_TOTALS),
-    (REJECTED, "in_the_ledger", verify.REJECTED),
-    (FAILURES, "none_overlap", verify.OVERLAPS),
-)
-_FRESH = AssetCheckKey(READINGS, "fresh")
-_SILENT = AssetCheckKey(MACHINES, "none_silent")
+# Asked of the tables, by the check's name.
+_OF_TABLES = {
+    "conservation": verify.CONSERVATION,
+    "ledger_totals": verify.LEDGER_TOTALS,
+    "rejected_in_the_ledger": verify.REJECTED,
+    "no_failures_overlap": verify.OVERLAPS,
+}
+_FRESH = "fresh"
+_SILENT = "no_machine_silent"
 
 
 def build_checks(settings: Settings) -> AssetChecksDefinition:
     """All checks, asked one after the other."""
     kafka, database = Kafka(settings), Database(settings)
-    specs = [
-        *(
-            AssetCheckSpec(name, asset=asset, description="; ".join(check.title for check in questions))
-            for asset, name, questions in _OF_TABLES
-        ),
-        AssetCheckSpec(
-            _FRESH.name,
-            asset=_FRESH.asset_key,
-            description=f"no record of a topic has waited longer than STALE_AFTER={settings.stale_after}",
-        ),
-        AssetCheckSpec(
-            _SILENT.name,
-            asset=_SILENT.asset_key,
-            description=f"every machine has published within SILENT_AFTER={settings.silent_after}",
-        ),
-    ]
+    described = {
+        **{name: "; ".join(check.title for check in questions) for name, questions in _OF_TABLES.items()},
+        _FRESH: f"no record of a topic has waited longer than STALE_AFTER={settings.stale_after}",
+        _SILENT: f"every machine has published within SILENT_AFTER={settings.silent_after}",
+    }
+    specs = [AssetCheckSpec(name, asset=HEALTH, description=said) for name, said in described.items()]
 
     @multi_asset_check(name=JOB_NAME + "_op", specs=specs)
     def check() -> Iterator[AssetCheckResult]:
         now = datetime.now(UTC)
-        for asset, name, questions in _OF_TABLES:
-            key = AssetCheckKey(asset, name)
-            yield _explained(key, partial(_of_tables, key, database, questions))
+        for name, questions in _OF_TABLES.items():
+            yield _explained(name, partial(_of_tables, name, database, questions))
         yield _explained(_FRESH, partial(_fresh, settings, kafka, database, now))
         yield _explained(_SILENT, partial(_silent, settings, database, now))
 
@@ -95,15 +83,15 @@ def build_schedule(checks: AssetChecksDefinition) -> ScheduleDefinition:
     )
 
 
-def _explained(key: AssetCheckKey, ask: Callable[[], AssetCheckResult]) -> AssetCheckResult:
+def _explained(name: str, ask: Callable[[], AssetCheckResult]) -> AssetCheckResult:
     """A server that does not answer fails the check with one line, and the others are still asked."""
     try:
         return ask()
     except SensorPipelineError as error:
-        return _result(key, f"this could not be asked: {error}", {"error": type(error).__name__})
+        return _result(name, f"this could not be asked: {error}", {"error": type(error).__name__})
 
 
-def _of_tables(key: AssetCheckKey, database: Database, questions: Sequence[verify.Check]) -> AssetCheckResult:
+def _of_tables(name: str, database: Database, questions: Sequence[verify.Check]) -> AssetCheckResult:
     wrong, said = 0, []
     for question in questions:
         with database.begin() as connection:
@@ -113,7 +101,7 @@ def _of_tables(key: AssetCheckKey, database: Database, questions: Sequence[verif
         wrong += answer.wrong
         if answer.wrong:
             said.append(f"not so: {question.title}: {'; '.join(answer.examples)}. What to do: {question.remedy}")
-    return _result(key, "\n".join(said), {"wrong": wrong})
+    return _result(name, "\n".join(said), {"wrong": wrong})
 
 
 def _fresh(settings: Settings, kafka: Kafka, database: Database, now: datetime) -> AssetCheckResult:
@@ -150,7 +138,7 @@ def _silent(settings: Settings, database: Database, now: datetime) -> AssetCheck
 
 
 def _result(
-    key: AssetCheckKey,
+    name: str,
     said: str,
     metadata: dict[str, float | str],
     severity: AssetCheckSeverity = AssetCheckSeverity.ERROR,
@@ -158,8 +146,8 @@ def _result(
     """Passed where there is nothing to say."""
     return AssetCheckResult(
         passed=not said,
-        asset_key=key.asset_key,
-        check_name=key.name,
+        asset_key=HEALTH,
+        check_name=name,
         description=said or "all is well",
         severity=severity,
         metadata=metadata,

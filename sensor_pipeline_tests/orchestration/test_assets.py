@@ -13,7 +13,7 @@ from dagster import AssetKey, DagsterInstance
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.offsets import Batch, OffsetRange
 from sensor_pipeline.orchestration import tags
-from sensor_pipeline.orchestration.assets import COLUMNS, FAILURES, MACHINES, READINGS, REJECTED, build_assets
+from sensor_pipeline.orchestration.assets import COLUMNS, FAILURES, HEALTH, MACHINES, READINGS, REJECTED, build_assets
 from sensor_pipeline.orchestration.config import to_run_config
 from sensor_pipeline.orchestration.job import build_job
 from sensor_pipeline.settings import Settings
@@ -51,7 +51,7 @@ def test_the_columns_of_an_asset_are_those_of_its_table(database_settings: Setti
 def test_readings_come_of_every_topic_and_failures_of_readings(settings: Settings) -> None:
     specs = {spec.key: spec for spec in build_assets(replace(settings, kafka_topics=("a.b", "c")))}
     topics = {AssetKey(["kafka", "a.b"]), AssetKey(["kafka", "c"])}
-    assert specs.keys() == topics | {READINGS, REJECTED, MACHINES, FAILURES}
+    assert specs.keys() == topics | {READINGS, REJECTED, MACHINES, FAILURES, HEALTH}
     assert {dep.asset_key for dep in specs[READINGS].deps} == topics
     assert {dep.asset_key for dep in specs[REJECTED].deps} == topics
     assert [dep.asset_key for dep in specs[FAILURES].deps] == [READINGS]
