@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from sensor_pipeline.postgres.rejected_search import Filter
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.kafka.inspecting import check_counts
@@ -19,6 +21,7 @@ from sensor_pipeline_tests.rejecting import (
     replay,
     strict,
 )
+from sensor_pipeline_tests.soak import amount
 from sensor_pipeline_tests.test_any_history import BASE, Log, message
 
 # Two parts: as many as `victim.CHUNK_MESSAGES`, and what is left.
@@ -47,6 +50,7 @@ def as_stored(settings: Settings, logs: list[Log]) -> list[Published]:
     return [m if m.place in rejected else mended([m])[0] for m in messages(*logs)]
 
 
+@pytest.mark.soak
 def test_a_replay_killed_at_any_point_was_done_by_whole_parts_and_the_next_one_does_the_rest(
     database_settings: Settings,
 ) -> None:
@@ -55,7 +59,8 @@ def test_a_replay_killed_at_any_point_was_done_by_whole_parts_and_the_next_one_d
     points = victim.replay(settings, logs[0].topic).points
     assert [point for point in points if point.startswith("replay: DELETE FROM rejected_messages")]
     left_after = set()
-    for at in range(len(points)):
+    killed_at = range(0, len(points), amount(3, 1))
+    for at in killed_at:
         logs.append(story(settings, at + 1))
         count = sum(1 for m in messages(logs[-1]) if m.bad == TOO_LARGE)
 
@@ -74,4 +79,4 @@ def test_a_replay_killed_at_any_point_was_done_by_whole_parts_and_the_next_one_d
         assert stored(settings) == expected(mended(messages(*logs)))
     assert len(left_after) == 3
     check_verified(settings)
-    print(f"killed at {len(points)} points of a replay")
+    print(f"killed at {len(killed_at)} of {len(points)} points of a replay")

@@ -322,7 +322,7 @@ steps = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 15), st.integers(1,
 
 @pytest.mark.soak
 @hypothesis_settings(
-    max_examples=amount(40, 1_000),
+    max_examples=amount(15, 1_000),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
