@@ -23,7 +23,7 @@ _STALL_SECONDS = 180
 
 _DONE = "SELECT coalesce(sum(readings + rejected + no_record), 0) FROM ingested_offsets"
 _LAST_COMMIT = "SELECT max(committed_at) FROM batches"
-_FIRST_RUN = "SELECT min(create_timestamp) FROM runs"
+_FIRST_RUN = "SELECT min(create_timestamp) FROM runs WHERE pipeline_name = 'ingest_batch'"
 _LAUNCHES = """
     SELECT extract(epoch FROM first.op - launched.at) FROM (
         SELECT run_id, min("timestamp") AS at FROM event_logs

@@ -28,6 +28,12 @@ _SHORTER = {
     "max_runtime_seconds: 300": "max_runtime_seconds: {max_runtime}",
 }
 
+# The code server says under which process id it has started a run.
+_BATCH_PIDS = r"""
+    SELECT substring(event FROM 'Started process for run \(pid: (\d+)\)') FROM event_logs JOIN runs USING (run_id)
+    WHERE pipeline_name = 'ingest_batch' AND position('Started process for run (pid: ' IN event) > 0
+"""
+
 
 class Deployment:
     """Dagster's processes. Whatever was killed is started again by `tend`, and nothing else is done for it."""
@@ -83,12 +89,16 @@ class Deployment:
             process.kill()
 
     def run_processes(self) -> list[psutil.Process]:
-        """The processes that execute runs, whoever started them."""
-        return [process for process in self._all() if "--multiprocessing-fork" in _cmdline(process)]
+        """The processes that execute batches, whoever started them; what a schedule launches is none of these."""
+        processes = [process for process in self._all() if "--multiprocessing-fork" in _cmdline(process)]
+        # Before the first of them there may be no table to ask.
+        of_batches = {int(row[0]) for row in query(self.dagster, _BATCH_PIDS)} if processes else set()
+        return [process for process in processes if process.pid in of_batches]
 
     def runs(self) -> dict[str, str]:
-        """The status of each run by its id, the oldest first."""
-        return dict(tuple(row) for row in query(self.dagster, "SELECT run_id, status FROM runs ORDER BY id"))
+        """The status of each batch's run by its id, the oldest first."""
+        statement = "SELECT run_id, status FROM runs WHERE pipeline_name = 'ingest_batch' ORDER BY id"
+        return dict(tuple(row) for row in query(self.dagster, statement))
 
     def said(self, run_id: str) -> str:
         """All that Dagster keeps of what a run said."""
