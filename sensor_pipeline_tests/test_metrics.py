@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -158,6 +160,8 @@ def test_the_command_serves_until_it_is_ended(settings: Settings, tmp_path: Path
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
+        # As a container starts its first process: nothing ends it that it does not ask for.
+        preexec_fn=partial(signal.signal, signal.SIGTERM, signal.SIG_IGN),
     )
     with process:
         try:
@@ -167,6 +171,7 @@ def test_the_command_serves_until_it_is_ended(settings: Settings, tmp_path: Path
             assert scrape(address[0])["sensor_pipeline_up", "kafka"] == 1
         finally:
             process.terminate()
+    assert process.returncode == 0
 
 
 def test_a_port_that_is_taken_is_said(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
@@ -24,6 +25,9 @@ def command(port: int, host: str) -> None:
     sensor_pipeline_up says so.
     """
     server, thread = serve(Settings.from_env(environment()), host, port)
+    # The first process of a container, and a child of one that ignores it, would not be ended by SIGTERM otherwise.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     click.echo(f"metrics at http://{host}:{server.server_port}/metrics")
     try:
         thread.join()
