@@ -11,6 +11,7 @@ from dagster import Definitions
 
 from sensor_pipeline.orchestration import house, picture
 from sensor_pipeline.orchestration.assets import build_assets
+from sensor_pipeline.orchestration.checks import JOB_NAME as CHECK_JOB
 from sensor_pipeline.orchestration.checks import build_checks, build_schedule
 from sensor_pipeline.orchestration.job import build_job
 from sensor_pipeline.orchestration.notices import build_notice_sensor, build_run_notice_sensor
@@ -22,8 +23,8 @@ settings = Settings.from_env(os.environ)
 job = build_job(settings)
 checks = build_checks(settings)
 picture_job = picture.build_job(settings)
-house_job = house.build_job(settings)
 repairs = [build_replay_job(settings), build_recompute_job(settings)]
+house_job = house.build_job(settings, [CHECK_JOB, *(each.name for each in (job, *repairs, picture_job))])
 
 defs = Definitions(
     assets=build_assets(settings),

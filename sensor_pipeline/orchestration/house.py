@@ -4,6 +4,7 @@ Dagster keeps its runs and their events for ever; of ticks alone it deletes old 
 """
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from dagster import (
@@ -33,8 +34,8 @@ _MOST_SECONDS = 180
 _DAYS_AHEAD = 2
 
 
-def build_job(settings: Settings) -> JobDefinition:
-    """The job with these settings."""
+def build_job(settings: Settings, jobs: Sequence[str]) -> JobDefinition:
+    """The job with these settings; `jobs` are those whose old runs it deletes, besides its own."""
     database = Database(settings)
 
     @op
@@ -55,9 +56,9 @@ def build_job(settings: Settings) -> JobDefinition:
 
     @op
     def delete_runs(context: OpExecutionContext) -> None:
-        """Delete old runs of this instance that have ended, whatever their job, with their events."""
+        """Delete old runs of the pipeline's own jobs that have ended, with their events."""
         before = datetime.now(UTC) - timedelta(days=settings.runs_kept_days)
-        deleted = forget_runs(context.instance, before, _MOST_SECONDS)
+        deleted = forget_runs(context.instance, [*jobs, JOB_NAME], before, _MOST_SECONDS)
         context.add_output_metadata({"runs deleted": deleted, "older than": before.isoformat()})
 
     @job(name=JOB_NAME, executor_def=in_process_executor, description="Deletes what is too old, makes coming days.")
@@ -80,19 +81,24 @@ def build_schedule(job: JobDefinition) -> ScheduleDefinition:
     )
 
 
-def forget_runs(instance: DagsterInstance, before: datetime, most_seconds: float) -> int:
-    """Delete runs that were created before some time and have ended, the oldest first; returns how many.
+def forget_runs(instance: DagsterInstance, jobs: Sequence[str], before: datetime, most_seconds: float) -> int:
+    """Delete runs of some jobs that were created before some time and have ended, a job's oldest first.
 
-    Each is deleted by itself, so that it may be stopped at any time; after `most_seconds` it stops by itself.
+    An instance may be shared, and the runs of others are not ours to delete. Each run is deleted by itself, so that it
+    may be stopped at any time; after `most_seconds` it stops by itself.
+
+    Returns:
+        How many were deleted.
     """
     deadline = time.monotonic() + most_seconds
     deleted = 0
-    while time.monotonic() < deadline:
-        old = RunsFilter(statuses=_ENDED, created_before=before)
-        records = instance.get_run_records(old, limit=_RUNS_A_PIECE, ascending=True)
-        if not records:
-            break
-        for record in records:
-            instance.delete_run(record.dagster_run.run_id)
-        deleted += len(records)
+    for name in jobs:
+        old = RunsFilter(job_name=name, statuses=_ENDED, created_before=before)
+        while time.monotonic() < deadline:
+            records = instance.get_run_records(old, limit=_RUNS_A_PIECE, ascending=True)
+            for record in records:
+                instance.delete_run(record.dagster_run.run_id)
+            deleted += len(records)
+            if not records:
+                break
     return deleted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, RunsFilter
 from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin
 
 from sensor_pipeline.orchestration import tags
@@ -65,7 +65,7 @@ def _daemon(instance: DagsterInstance) -> Iterator[str]:
 
 def _code_server(instance: DagsterInstance) -> Iterator[str]:
     # Where the code is loaded is known of runs only: the workspace file is the daemon's own.
-    newest = instance.get_runs(limit=1)
+    newest = instance.get_runs(RunsFilter(job_name=JOB_NAME), limit=1)
     origin = newest[0].remote_job_origin if newest else None
     if origin is None:
         return

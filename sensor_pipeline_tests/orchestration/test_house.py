@@ -44,10 +44,11 @@ def test_runs_that_ended_go_with_their_events_and_those_that_have_not_stay(
     ended = job.execute_in_process(to_run_config(whole_backlog(pipeline)), instance=instance).run_id
     failed = instance.create_run_for_job(job, status=DagsterRunStatus.FAILURE).run_id
     running = instance.create_run_for_job(job, status=DagsterRunStatus.STARTED).run_id
+    others = instance.create_run_for_job(house.build_job(settings, []), status=DagsterRunStatus.SUCCESS).run_id
     assert instance.all_logs(ended)
-    assert house.forget_runs(instance, datetime.now(UTC) - timedelta(hours=1), 60) == 0
-    assert house.forget_runs(instance, soon(), 60) == 2
-    assert [run.run_id for run in instance.get_runs()] == [running]
+    assert house.forget_runs(instance, [job.name], datetime.now(UTC) - timedelta(hours=1), 60) == 0
+    assert house.forget_runs(instance, [job.name], soon(), 60) == 2
+    assert {run.run_id for run in instance.get_runs()} == {running, others}
     assert not instance.all_logs(ended)
     assert not instance.has_run(failed)
 
@@ -58,8 +59,8 @@ def test_more_than_a_piece_is_deleted_piece_by_piece_and_no_longer_than_asked(
     monkeypatch.setattr(house, "_RUNS_A_PIECE", 2)
     for _ in range(5):
         instance.create_run_for_job(job, status=DagsterRunStatus.CANCELED)
-    assert house.forget_runs(instance, soon(), 0) == 0
-    assert house.forget_runs(instance, soon(), 60) == 5
+    assert house.forget_runs(instance, [job.name], soon(), 0) == 0
+    assert house.forget_runs(instance, [job.name], soon(), 60) == 5
 
 
 def test_old_rows_of_the_batch_log_go_and_everything_still_adds_up(
@@ -79,7 +80,7 @@ def test_old_rows_of_the_batch_log_go_and_everything_still_adds_up(
 
 
 def test_the_job_makes_the_coming_days_and_says_what_it_deleted(settings: Settings, instance: DagsterInstance) -> None:
-    job = house.build_job(settings)
+    job = house.build_job(settings, [])
     result = job.execute_in_process(instance=instance)
     said = {
         e.step_key: {name: value.value for name, value in e.event_specific_data.metadata.items()}  # type: ignore[union-attr]
