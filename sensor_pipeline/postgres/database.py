@@ -16,7 +16,7 @@ from sensor_pipeline.errors import ConfigurationError, DataError, SensorPipeline
 from sensor_pipeline.settings import Settings
 
 # The newest migration; a test holds it to the scripts, which would take Alembic to ask at run time.
-SCHEMA_VERSION = "0005"
+SCHEMA_VERSION = "0006"
 VERSION_TABLE = "sensor_pipeline_schema"
 
 _CONNECT_SECONDS = 10
@@ -100,9 +100,15 @@ class Database:
         Raises:
             UnavailableError, ConfigurationError, DataError: what the database refused, by SQLSTATE.
         """
+        with self.session() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def session(self) -> Iterator[sa.Connection]:
+        """A connection whose block begins and ends transactions by itself; raises as `begin` does."""
         is_standby: bool | None = None
         try:
-            with self._engine.begin() as connection:
+            with self._engine.connect() as connection:
                 is_standby = _is_standby(connection)
                 yield connection
         except DBAPIError as error:
@@ -116,16 +122,31 @@ class Database:
         Raises:
             ConfigurationError: with what to do.
         """
-        exists = connection.scalar(sa.text("SELECT to_regclass(:name) IS NOT NULL"), {"name": VERSION_TABLE})
-        found = connection.scalar(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")) if exists else None
+        found = self._schema_version(connection)
         if found is None:
             raise self._not_migrated()
         if found != SCHEMA_VERSION:
-            newer = str(found) > SCHEMA_VERSION
-            remedy = "install that newer sensor_pipeline" if newer else "run: sensor-pipeline migrate"
-            raise ConfigurationError(
-                f"the schema of {self.name} is at version {found}, this code needs {SCHEMA_VERSION}; {remedy}"
-            )
+            raise self._other_schema(found)
+
+    def check_not_newer(self, connection: sa.Connection) -> None:
+        """Refuse a schema that this code does not know yet.
+
+        Raises:
+            ConfigurationError: with what to do.
+        """
+        found = self._schema_version(connection)
+        if found is not None and found > SCHEMA_VERSION:
+            raise self._other_schema(found)
+
+    def _schema_version(self, connection: sa.Connection) -> str | None:
+        exists = connection.scalar(sa.text("SELECT to_regclass(:name) IS NOT NULL"), {"name": VERSION_TABLE})
+        return connection.scalar(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")) if exists else None
+
+    def _other_schema(self, found: str) -> ConfigurationError:
+        remedy = "install that newer sensor_pipeline" if found > SCHEMA_VERSION else "run: sensor-pipeline migrate"
+        return ConfigurationError(
+            f"the schema of {self.name} is at version {found}, this code needs {SCHEMA_VERSION}; {remedy}"
+        )
 
     def check_encoding(self, connection: sa.Connection) -> None:
         """Refuse a database that cannot hold every text that a message may have.

@@ -363,7 +363,7 @@ def test_a_new_day_is_attached_while_somebody_reads_and_writes(database_settings
 def test_a_new_day_that_has_to_wait_too_long_fails_the_batch_to_be_tried_again(
     database_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(days, "_LOCK_TIMEOUT", "10ms")
+    monkeypatch.setattr(days, "_LOCK_TIMEOUT", sa.text("SET LOCAL lock_timeout = '10ms'"))
     log = tomorrow_log(database_settings)
     before = every_row(database_settings)
     with other_session(database_settings, "LOCK TABLE readings IN SHARE MODE") as blocker:
