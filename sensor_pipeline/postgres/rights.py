@@ -8,6 +8,7 @@ written through it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -17,7 +18,8 @@ from sensor_pipeline.errors import ConfigurationError
 from sensor_pipeline.postgres.database import VERSION_TABLE, Database
 
 _MISSING_ROLES = sa.text("""
-    SELECT name FROM unnest(CAST(:names AS text[])) AS name WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
+    SELECT quote_ident(name) FROM unnest(CAST(:names AS text[])) AS name
+    WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
 """)
 _PLACE = sa.text("SELECT current_database() AS database, current_schema() AS schema, current_user AS owner")
 _HAS = {
@@ -91,7 +93,7 @@ def grant(connection: sa.Connection, rights: Rights, role: str) -> None:
         ConfigurationError: they are not all this user's to grant.
     """
     place = connection.execute(_PLACE).one()
-    with connection.connection.cursor() as cursor:
+    with closing(connection.connection.cursor()) as cursor:
         for kind, name, right in _each(rights, place):
             on = sql.SQL(name) if kind == "FUNCTION" else sql.Identifier(name)
             statement = sql.SQL("GRANT {} ON {} {} TO {}")
