@@ -60,7 +60,7 @@ def as_role(database_settings: Settings, administer: Callable[[str], None]) -> I
 def refused(settings: Settings, statement: str) -> str:
     """What a role is told that may not."""
     with (
-        pytest.raises(ConfigurationError, match="42501|permission denied|must be owner") as error,
+        pytest.raises(ConfigurationError, match=r"42501|permission denied|must be owner") as error,
         Database(settings).begin() as connection,
     ):
         connection.execute(sa.text(statement))
