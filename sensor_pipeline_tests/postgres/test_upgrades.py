@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from sensor_pipeline.postgres.database import SCHEMA_VERSION
 from sensor_pipeline.postgres.figures import read_figures
 from sensor_pipeline.postgres.migrations import migrate
 from sensor_pipeline.settings import Settings
-from sensor_pipeline_tests.acceptance.commands import run
+from sensor_pipeline_tests.acceptance.commands import ROOT, run
 from sensor_pipeline_tests.kafka.inspecting import query
 from sensor_pipeline_tests.oracle import connect, expected, stored
 from sensor_pipeline_tests.postgres.tables import (
@@ -269,6 +270,29 @@ def test_who_writes_all_the_time_is_not_stopped_by_all_migrations(empty: Setting
 
 
 # Indexes
+
+
+def test_an_index_of_ones_own_on_readings_holds_up_nobody(database_settings: Settings) -> None:
+    """As docs/upgrading.md says."""
+    (recipe,) = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "upgrading.md").read_text(), re.DOTALL)
+    log = busy_history(database_settings, readings=40)
+    with connect(database_settings).connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for statement, run_rows in re.findall(r"(.*?)(;| \\gexec)\n", recipe, re.DOTALL):
+            rows = connection.exec_driver_sql(statement.replace("%", "%%"), ())
+            for (each,) in rows.all() if run_rows != ";" else ():
+                with other_session(
+                    database_settings, "LOCK TABLE readings_before_horizon IN ROW EXCLUSIVE MODE"
+                ) as other:
+                    # Who writes is not in the way of ATTACH; CONCURRENTLY waits for the end of what is open.
+                    if "CONCURRENTLY" in each:
+                        other.rollback()
+                    connection.exec_driver_sql(each)
+            if "ON ONLY" in statement:
+                # A batch makes a day.
+                log.publish(TODAYS_PARTITION, dated("m-today", NOW, True))
+                ingest_once(database_settings, log)
+    assert is_valid(database_settings, "my_index")
+    assert stored(database_settings) == want(log)
 
 
 def is_valid(settings: Settings, index: str) -> bool:
