@@ -63,7 +63,7 @@ def of_servers(certificates: dict[str, Path]) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def tls_broker(tmp_path_factory: pytest.TempPathFactory, of_servers: dict[str, Path]) -> Iterator[TlsBroker]:
     broker = TlsBroker(tmp_path_factory.mktemp("tls-kafka"), of_servers)
-    broker.start()
+    broker.start(timeout=180)
     try:
         broker.add_users()
         yield broker

@@ -222,9 +222,10 @@ class Database:
             return ConfigurationError(f"the certificate of PostgreSQL at {self.name} is refused: {problem}")
         return UnavailableError(
             f"no connection to PostgreSQL at {self.name} as {self._user}: {said or 'it was closed'}; check that it "
-            "runs (if not, its log says why) and POSTGRES_HOST, _PORT, _DB, _USER and _PASSWORD; if it speaks of SSL, "
-            "POSTGRES_SSLMODE and POSTGRES_SSLROOTCERT; if it only starts up, that passes by itself; if it has too "
-            "many connections, raise max_connections or the CONNECTION LIMIT, or close other sessions; then try again"
+            "runs (if not, its log says why) and POSTGRES_HOST, _PORT, _DB, _USER and _PASSWORD; if this is about "
+            "SSL or encryption, POSTGRES_SSLMODE and _SSLROOTCERT; if it only starts up, that passes by itself; if it "
+            "has too many connections, raise max_connections or the CONNECTION LIMIT, or close other sessions; then "
+            "try again"
         )
 
     def _certificate_problem(self) -> str | None:

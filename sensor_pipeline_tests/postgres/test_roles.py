@@ -14,7 +14,7 @@ from dagster import DagsterInstance
 
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.cli.status import snapshot
-from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.errors import ConfigurationError, SensorPipelineError
 from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.orchestration import house
 from sensor_pipeline.postgres.database import Database
@@ -57,13 +57,15 @@ def as_role(database_settings: Settings, administer: Callable[[str], None]) -> I
         administer(f"DROP ROLE {role}")
 
 
+def execute(settings: Settings, statement: str) -> None:
+    with Database(settings).begin() as connection:
+        connection.execute(sa.text(statement))
+
+
 def refused(settings: Settings, statement: str) -> str:
     """What a role is told that may not."""
-    with (
-        pytest.raises(ConfigurationError, match=r"42501|permission denied|must be owner") as error,
-        Database(settings).begin() as connection,
-    ):
-        connection.execute(sa.text(statement))
+    with pytest.raises(ConfigurationError, match=r"42501|permission denied|must be owner") as error:
+        execute(settings, statement)
     assert WORD not in str(error.value)
     return str(error.value)
 
@@ -256,3 +258,27 @@ def test_who_may_not_grant_is_told_what_is_missing(
         assert query(replace(reader, postgres_db=theirs.postgres_db), "SELECT count(*) FROM readings") == [(0,)]
     finally:
         administer(f"DROP DATABASE {theirs.postgres_db} WITH (FORCE)")
+
+
+def test_the_roles_are_made_as_the_page_says(postgres: Settings, administer: Callable[[str], None]) -> None:
+    made = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "tls.md").read_text(), re.DOTALL)[0].replace("…", WORD)
+    owner = replace(postgres, postgres_user="sensor_owner", postgres_password=WORD, postgres_db="sensor_data")
+    writer, reader = (replace(owner, postgres_user=f"sensor_{kind}") for kind in ("writer", "reader"))
+    try:
+        for statement in made.split(";\n"):
+            if statement:
+                administer(statement)
+        migrate(owner, writers=["sensor_writer"], readers=["sensor_reader"])
+        log = busy_history(writer)
+        log.publish(0, dated("m-new", TODAY, True))
+        ingest_once(writer, log)
+        assert stored(reader) == want(log)
+        # Dagster's own, which it makes by itself.
+        execute(replace(writer, postgres_db="dagster"), "CREATE TABLE runs ()")
+        with pytest.raises(SensorPipelineError, match='permission denied for database "dagster"'):
+            execute(replace(reader, postgres_db="dagster"), "SELECT 1")
+    finally:
+        for database in ("sensor_data", "dagster"):
+            administer(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")
+        for kind in ("owner", "writer", "reader"):
+            administer(f"DROP ROLE IF EXISTS sensor_{kind}")

@@ -172,11 +172,10 @@ def test_data_of_every_version_goes_to_the_last_one_and_ingestion_goes_on(empty:
         assert read_figures(connection, 5).readings == len(want(log).readings)
 
 
-@pytest.mark.parametrize("command", ["migrate", "verify"])
-def test_a_command_refuses_a_schema_that_is_newer_in_one_line(database_settings: Settings, command: str) -> None:
+def test_migrate_refuses_a_schema_that_is_newer_in_one_line(database_settings: Settings) -> None:
     with connect(database_settings).begin() as connection:
         connection.execute(sa.text("UPDATE sensor_pipeline_schema SET version_num = '9999'"))
-    done = run(database_settings, "sensor-pipeline", command)
+    done = run(database_settings, "sensor-pipeline", "migrate")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert f"at version 9999, this code needs {SCHEMA_VERSION}; install that newer sensor_pipeline" in done.stderr
 
