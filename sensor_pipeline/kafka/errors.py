@@ -81,7 +81,8 @@ def translate(
     if code in _LOG_IN:
         return ConfigurationError(
             f"Kafka at {servers} refused the log-in of {user} ({error.str()}); check "
-            f"{KAFKA_CLIENT_PREFIX}SASL_USERNAME, _SASL_PASSWORD and _SASL_MECHANISM"
+            f"{KAFKA_CLIENT_PREFIX}SASL_USERNAME, _SASL_PASSWORD and _SASL_MECHANISM, and that "
+            f"{KAFKA_CLIENT_PREFIX}SECURITY_PROTOCOL fits the port"
         )
     if code in REFUSED:
         return ConfigurationError(
