@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from types import TracebackType
@@ -21,6 +23,9 @@ _RELIABLE = {
     # Nothing is given up behind our back: how long to wait is decided here, by what is under way.
     "message.timeout.ms": 0,
 }
+# Takes what librdkafka would write on the terminal, at any level, when it gives up; the error says it too.
+_SILENCE = logging.Logger("librdkafka")
+_SILENCE.addHandler(logging.NullHandler())
 # What the user may set otherwise by KAFKA_CLIENT_….
 _TUNING = {
     "linger.ms": 20,
@@ -33,6 +38,8 @@ _SERVE_EVERY = 1_000  # messages between two looks at the delivery reports
 _POLL_SECONDS = 0.1
 _ABANDON_SECONDS = 5.0
 
+# Without a right to any topic a producer is not even given an id.
+_MAY_NOT_WRITE = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
 _REFUSED = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.INVALID_MSG_SIZE}
 
 
@@ -96,6 +103,7 @@ class Publisher:
         self.topic = topic
         self.partitions = Kafka(settings).topic(topic).partitions
         self._servers = settings.kafka_bootstrap_servers
+        self._client = settings.kafka_client
         self._patience = patience
         self._in_turn = cycle(self.partitions)
         self._next = next(self._in_turn)
@@ -107,7 +115,7 @@ class Publisher:
         self._progress_at = time.monotonic()
         tuning = {name: value for name, value in _TUNING.items() if name not in settings.kafka_client}
         self._producer = make_client(
-            Producer, self._servers, settings.kafka_client, {**tuning, **_RELIABLE}, self._on_error
+            Producer, self._servers, settings.kafka_client, {**tuning, **_RELIABLE, "logger": _SILENCE}, self._on_error
         )
 
     def __enter__(self) -> Publisher:
@@ -162,7 +170,7 @@ class Publisher:
     def serve(self, seconds: float = 0.0) -> None:
         """Take in the delivery reports that come within `seconds`; raises if a message was refused."""
         before = self.pending
-        self._producer.poll(seconds)
+        self._hear(self._producer.poll, seconds)
         if not before or self.pending != before:
             self._progress_at = time.monotonic()
         if self._first_failure is not None:
@@ -173,11 +181,17 @@ class Publisher:
         deadline = time.monotonic() + within
         self.serve()
         while self.pending:
-            self._producer.flush(_POLL_SECONDS)
+            self._hear(self._producer.flush, _POLL_SECONDS)
             self.serve()
             self._check_patience()
             if time.monotonic() > deadline:
                 raise self._too_slow()
+
+    def _hear(self, reports: Callable[[float], object], seconds: float) -> None:
+        try:
+            reports(seconds)
+        except KafkaException as failure:  # nothing can be delivered any more
+            raise self._undelivered(self.pending, failure.args[0]) from failure
 
     def _abandon(self) -> None:
         """Drop what is queued and learn, within limits, what became of what is on its way."""
@@ -210,9 +224,11 @@ class Publisher:
     def _undelivered(self, messages: int, error: KafkaError) -> SensorPipelineError:
         if error.code() in _REFUSED:
             return DataError(f"Kafka at {self._servers} refuses a message for topic {self.topic}: {error.str()}")
-        if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+        if error.code() in _MAY_NOT_WRITE:
+            user = " ".join(filter(None, ("the Kafka user", self._client.get("sasl.username"))))
             return ConfigurationError(
-                f"the Kafka user may not write to topic {self.topic} at {self._servers}; have WRITE on it granted"
+                f"{user} may not write to topic {self.topic} at {self._servers}; have WRITE on it granted (before "
+                "Kafka 3.0 also IDEMPOTENT_WRITE on the cluster)"
             )
-        cause = translate(error, self.topic, self._servers)
+        cause = translate(error, self.topic, self._servers, self._client)
         return type(cause)(f"{messages:,} messages were not delivered: {cause}")

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -68,6 +69,7 @@ class Settings:
     postgres_password: str = field(default="sensor_password", repr=False)
     postgres_db: str = "sensor_data"
     postgres_sslmode: str | None = None
+    postgres_sslrootcert: str | None = None
     batch_size: int = 250_000
     commit_interval_ms: int = 5_000
     lanes: int = 1
@@ -126,6 +128,12 @@ class Settings:
     def is_slow(self) -> bool:
         """Whether the settings hold the pipeline far under what the servers can do."""
         return self.most_readings_per_second < _SLOW_READINGS_PER_SECOND
+
+    @property
+    def postgres_tls(self) -> dict[str, Any]:
+        """Libpq's parameters for TLS, as far as they are set; for the rest libpq's own rules hold."""
+        set_ = {"sslmode": self.postgres_sslmode, "sslrootcert": self.postgres_sslrootcert}
+        return {name: value for name, value in set_.items() if value}
 
     def capacity_note(self) -> str:
         """One sentence on what `BATCH_SIZE`, `LANES` and `COMMIT_INTERVAL_MS` allow at most."""
@@ -245,6 +253,12 @@ def _sslmode(text: str) -> str:
     return text
 
 
+def _certificates(text: str) -> str:
+    if text != "system" and not Path(text).is_file():
+        raise ValueError("must be a file of PEM certificates, or system for those that the system trusts")
+    return text
+
+
 def _start_from(text: str) -> StartFrom:
     if text in ("earliest", "latest", "group"):
         return text  # type: ignore[return-value]
@@ -272,6 +286,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "POSTGRES_PASSWORD": ("postgres_password", _secret),
     "POSTGRES_DB": ("postgres_db", _text),
     "POSTGRES_SSLMODE": ("postgres_sslmode", _sslmode),
+    "POSTGRES_SSLROOTCERT": ("postgres_sslrootcert", _certificates),
     "BATCH_SIZE": ("batch_size", _whole(1, 10_000_000)),
     "COMMIT_INTERVAL_MS": ("commit_interval_ms", _whole(1, 86_400_000)),
     "LANES": ("lanes", _whole(1, 1024)),

@@ -40,6 +40,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "POSTGRES_PASSWORD": settings.postgres_password,
         "POSTGRES_DB": settings.postgres_db,
         "POSTGRES_SSLMODE": settings.postgres_sslmode or "",
+        "POSTGRES_SSLROOTCERT": settings.postgres_sslrootcert or "",
         "BATCH_SIZE": str(settings.batch_size),
         "LANES": str(settings.lanes),
         "START_FROM": start_from.isoformat() if isinstance(start_from, datetime) else start_from,

@@ -143,8 +143,8 @@ class Site:
             user=settings.postgres_user,
             password=settings.postgres_password,
             dbname=settings.postgres_db,
-            sslmode=settings.postgres_sslmode or "prefer",
             options="-c timezone=UTC",
+            **settings.postgres_tls,
         )
         with closing(connected):
             yield connected

@@ -17,34 +17,11 @@ from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.cli.environment import environment
 from sensor_pipeline.errors import ConfigurationError, SensorPipelineError
 from sensor_pipeline.postgres.database import SCHEMA_VERSION
+from sensor_pipeline.postgres.rights import WRITER, missing_rights
 from sensor_pipeline.settings import Settings
 
 MAX_CLOCK_SKEW = timedelta(seconds=30)
 MIN_POSTGRES = 140_000
-
-# What the pipeline does to each table.
-_RIGHTS = {
-    "topics": "SELECT, INSERT, UPDATE",  # UPDATE is what its lock asks for
-    "machines": "SELECT, INSERT, UPDATE",
-    "failures": "SELECT, INSERT, UPDATE, DELETE",
-    "readings": "SELECT, INSERT, UPDATE",
-    "readings_horizon": "SELECT",
-    "dropped_readings": "SELECT",
-    "rejected_messages": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is what its lock asks for
-    "ingested_offsets": "SELECT, INSERT, UPDATE",
-    "batches": "SELECT, INSERT, DELETE",
-    "accepted_gaps": "SELECT, INSERT",
-    "notices": "SELECT, INSERT, UPDATE, DELETE",
-}
-
-_MORE_RIGHTS = {
-    "USAGE on the sequence of failures": """
-        SELECT has_sequence_privilege(pg_get_serial_sequence('failures', 'id'), 'USAGE')""",
-    "USAGE on readings_id_seq": "SELECT has_sequence_privilege('readings_id_seq', 'USAGE')",
-    "EXECUTE on make_readings_day": "SELECT has_function_privilege('make_readings_day(date)', 'EXECUTE')",
-    "EXECUTE on keep_readings_from": "SELECT has_function_privilege('keep_readings_from(date)', 'EXECUTE')",
-    "EXECUTE on drop_readings": "SELECT has_function_privilege('drop_readings()', 'EXECUTE')",
-}
 
 Check = tuple[str, Callable[[], str]]
 
@@ -112,19 +89,15 @@ def _schema(pipeline: Pipeline) -> str:
 
 
 def _rights(pipeline: Pipeline) -> str:
-    missing = []
+    user = pipeline.settings.postgres_user
     with pipeline.database.begin() as connection:
-        for table, rights in _RIGHTS.items():
-            for right in rights.split(", "):
-                query = sa.text("SELECT has_table_privilege(:table, :right)")
-                if not connection.scalars(query, {"table": table, "right": right}).one():
-                    missing.append(f"{right} on {table}")
-        for what, question in _MORE_RIGHTS.items():
-            if not connection.scalars(sa.text(question)).one():
-                missing.append(what)
+        missing = missing_rights(connection, WRITER, user)
     if missing:
-        raise ConfigurationError(f"{pipeline.settings.postgres_user} lacks {', '.join(missing)}; have it granted")
-    return f"{pipeline.settings.postgres_user} has all that are needed"
+        raise ConfigurationError(
+            f"{user} lacks {', '.join(missing)}; have the owner of the tables grant it: sensor-pipeline migrate "
+            f"--writer {user}"
+        )
+    return f"{user} has all that are needed"
 
 
 def _clock(pipeline: Pipeline) -> str:

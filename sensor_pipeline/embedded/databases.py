@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
+from typing import Any
 
 from sensor_pipeline.errors import ConfigurationError, UnavailableError
 
 
 def create_database(
-    name: str, *, host: str, port: int, user: str, password: str, login_database: str, sslmode: str | None = None
+    name: str, *, host: str, port: int, user: str, password: str, login_database: str, tls: Mapping[str, Any]
 ) -> bool:
-    """Create a database unless it is there; whether it was created.
+    """Create a database unless it is there; whether it was created. `tls`: libpq's parameters for it.
 
     Raises:
         ConfigurationError: the user may not create one.
@@ -22,9 +24,7 @@ def create_database(
     where = f"{host}:{port}"
     try:
         with closing(
-            psycopg2.connect(
-                host=host, port=port, user=user, password=password, dbname=login_database, sslmode=sslmode or "prefer"
-            )
+            psycopg2.connect(host=host, port=port, user=user, password=password, dbname=login_database, **tls)
         ) as connection:
             connection.autocommit = True  # CREATE DATABASE runs in no transaction
             with connection.cursor() as cursor:

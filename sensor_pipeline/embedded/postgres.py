@@ -119,7 +119,7 @@ class PostgresServer:
                 user=self.user,
                 password=self._password,
                 login_database="postgres",
-                sslmode="disable",
+                tls={"sslmode": "disable"},
             )
         except UnavailableError as error:
             # It is up, so nothing but the login can be wrong.

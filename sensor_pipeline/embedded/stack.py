@@ -26,7 +26,7 @@ TOPIC_PARTITIONS = 4
 DAGSTER_DATABASE = "dagster"
 
 # What another terminal needs to know besides the servers, where it was set.
-_PASSED_ON = ("KAFKA_TOPIC", "KAFKA_GROUP_ID", "POSTGRES_SSLMODE")
+_PASSED_ON = ("KAFKA_TOPIC", "KAFKA_GROUP_ID", "POSTGRES_SSLMODE", "POSTGRES_SSLROOTCERT")
 # Names the variables whose servers a stack started itself: exported by `sensor-pipeline env`, they would look like
 # servers of one's own to the next `up` in the same shell.
 _STARTED = "SENSOR_PIPELINE_STARTED"
@@ -199,7 +199,7 @@ class Stack:
                 user=settings.postgres_user,
                 password=settings.postgres_password,
                 login_database=settings.postgres_db,
-                sslmode=settings.postgres_sslmode,
+                tls=settings.postgres_tls,
             )
 
     def _give_up_lost_runs(self) -> None:

@@ -57,9 +57,7 @@ class Kafka(Connection):
         Raises:
             ConfigurationError: there is none of this name, or the broker is too old to have topic ids.
         """
-        description = self.ask(
-            lambda: self.admin().describe_topics(TopicCollection([name]))[name].result(self.timeout + 10), name
-        )
+        description = self.ask(lambda: self.answer(self.admin().describe_topics(TopicCollection([name]))[name]), name)
         topic_id = str(description.topic_id)
         if topic_id == _NO_TOPIC_ID:
             raise ConfigurationError(
@@ -173,6 +171,6 @@ class Kafka(Connection):
 
         def ask() -> dict[int, int]:
             futures = self.admin().list_offsets(request, isolation_level=isolation, request_timeout=self.timeout)
-            return {tp.partition: future.result(self.timeout + 10).offset for tp, future in futures.items()}
+            return {tp.partition: self.answer(future).offset for tp, future in futures.items()}
 
         return self.ask(ask, topic.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakMethod
@@ -12,12 +13,16 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollectio
 from confluent_kafka.admin import AdminClient
 
 from sensor_pipeline.errors import ConfigurationError, SensorPipelineError, UnavailableError
-from sensor_pipeline.kafka.errors import ASK_AGAIN, AUTHENTICATION, GROUP_IN_USE, translate
+from sensor_pipeline.kafka.errors import ASK_AGAIN, GROUP_IN_USE, REFUSED, translate
 from sensor_pipeline.settings import KAFKA_CLIENT_PREFIX, Settings
+from sensor_pipeline.tls import certificate_problem
 
 T = TypeVar("T")
 
 _ASK_AGAIN_SECONDS = 0.1
+# A connection that one broker refuses may be made with another, in so many seconds or not at all.
+_REFUSED_SECONDS = 2.0
+_LISTEN_SECONDS = 0.1
 
 # What the user may set otherwise by KAFKA_CLIENT_…. By default a partition whose queue is full is left alone for a
 # second, in which a drain reads it empty and waits (6.2 us a message instead of 3.2, decoding included).
@@ -87,12 +92,28 @@ class Connection:
 
         A refused log-in comes with lines that say less, before and after it.
         """
-        if self._last_error is None or self._last_error.code() not in AUTHENTICATION:
+        if not self._is_refused():
             self._last_error = error
+
+    def _is_refused(self) -> bool:
+        return self._last_error is not None and self._last_error.code() in REFUSED
 
     def said(self) -> str:
         """What librdkafka said last, in brackets, to explain a time-out."""
         return f" (librdkafka: {self._last_error.str()})" if self._last_error is not None else ""
+
+    def answer(self, future: Future[T]) -> T:
+        """What the admin client is asked for; a refused log-in is not waited out."""
+        deadline = time.monotonic() + self.timeout + 10
+        refused_until: float | None = None
+        while not future.done() and time.monotonic() < deadline:
+            wait([future], _LISTEN_SECONDS)
+            self.admin().poll(0)  # it says what it has heard only when asked
+            if self._is_refused():
+                refused_until = refused_until or time.monotonic() + _REFUSED_SECONDS
+                if time.monotonic() > refused_until:
+                    raise KafkaException(self._last_error)
+        return future.result(0)
 
     def ask(self, request: Callable[[], T], topic: str) -> T:
         """A request whose answer may be to ask again in a moment."""
@@ -141,16 +162,31 @@ class Connection:
         """A Kafka error as one of ours, by its code."""
         if self._admin is not None:
             self._admin.poll(0)  # it says what it has heard only when asked
-        heard = self._last_error
-        if heard is not None and heard.code() in AUTHENTICATION:
+        if self._last_error is not None and self._is_refused():
             # The request only timed out; this is why.
-            error = heard
+            error = self._last_error
+        if error.code() == KafkaError._SSL and (problem := self._certificate_problem()):
+            return ConfigurationError(problem)
         if error.code() in GROUP_IN_USE:
             return ConfigurationError(
                 f"another consumer is active in group {self._group}, so that its offsets cannot be set (what was "
                 "ingested is in PostgreSQL); stop that consumer, or set KAFKA_GROUP_ID to a group of the pipeline's own"
             )
-        return translate(error, topic, self.servers, self.said(), secured=bool(self._properties))
+        return translate(error, topic, self.servers, self._properties, said=self.said(), group=self._group)
+
+    def _certificate_problem(self) -> str | None:
+        for server in self.servers.split(","):
+            host, _, port = server.strip().rpartition(":")
+            problem = certificate_problem(
+                host.strip("[]"),
+                int(port),
+                authorities=self._properties.get("ssl.ca.location"),
+                setting=f"{KAFKA_CLIENT_PREFIX}SSL_CA_LOCATION",
+                check_name=self._properties.get("ssl.endpoint.identification.algorithm") != "none",
+            )
+            if problem:
+                return f"the certificate of Kafka at {server.strip()} is refused: {problem}"
+        return None
 
 
 def checked(answers: Sequence[TopicPartition] | None) -> Sequence[TopicPartition]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,12 +16,16 @@ from sqlalchemy.pool import NullPool
 
 from sensor_pipeline.errors import ConfigurationError, DataError, SensorPipelineError, UnavailableError
 from sensor_pipeline.settings import Settings
+from sensor_pipeline.tls import certificate_problem
 
 # The newest migration; a test holds it to the scripts, which would take Alembic to ask at run time.
 SCHEMA_VERSION = "0006"
 VERSION_TABLE = "sensor_pipeline_schema"
 
 _CONNECT_SECONDS = 10
+_VERIFYING = {"verify-ca", "verify-full"}
+# Asks a server whether it speaks TLS; it answers with a byte ("SSL Request" in PostgreSQL's protocol).
+_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 # A host that vanishes in the middle of a transaction keeps its locks until its connection is given up; the default
 # of most systems is two hours. Both ends are told: this one, and the server.
 _KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
@@ -66,7 +72,8 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self.name = f"{settings.postgres_host}:{settings.postgres_port}/{settings.postgres_db}"
         self._user = settings.postgres_user
-        ssl = {"sslmode": settings.postgres_sslmode} if settings.postgres_sslmode else {}
+        self._tls = settings.postgres_tls
+        self._server = (settings.postgres_host, settings.postgres_port)
         self._engine = sa.create_engine(
             sa.URL.create(
                 "postgresql+psycopg2",
@@ -89,7 +96,7 @@ class Database:
                 + f" -c tcp_user_timeout={_TCP_USER_TIMEOUT_MS}",
                 **_KEEPALIVE,
                 "tcp_user_timeout": _TCP_USER_TIMEOUT_MS,
-                **ssl,
+                **self._tls,
             },
         )
 
@@ -100,9 +107,15 @@ class Database:
         Raises:
             UnavailableError, ConfigurationError, DataError: what the database refused, by SQLSTATE.
         """
+        with self.session() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def session(self) -> Iterator[sa.Connection]:
+        """A connection whose block begins and ends transactions by itself; raises as `begin` does."""
         is_standby: bool | None = None
         try:
-            with self._engine.begin() as connection:
+            with self._engine.connect() as connection:
                 is_standby = _is_standby(connection)
                 yield connection
         except DBAPIError as error:
@@ -116,16 +129,31 @@ class Database:
         Raises:
             ConfigurationError: with what to do.
         """
-        exists = connection.scalar(sa.text("SELECT to_regclass(:name) IS NOT NULL"), {"name": VERSION_TABLE})
-        found = connection.scalar(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")) if exists else None
+        found = self._schema_version(connection)
         if found is None:
             raise self._not_migrated()
         if found != SCHEMA_VERSION:
-            newer = str(found) > SCHEMA_VERSION
-            remedy = "install that newer sensor_pipeline" if newer else "run: sensor-pipeline migrate"
-            raise ConfigurationError(
-                f"the schema of {self.name} is at version {found}, this code needs {SCHEMA_VERSION}; {remedy}"
-            )
+            raise self._other_schema(found)
+
+    def check_not_newer(self, connection: sa.Connection) -> None:
+        """Refuse a schema that this code does not know yet.
+
+        Raises:
+            ConfigurationError: with what to do.
+        """
+        found = self._schema_version(connection)
+        if found is not None and found > SCHEMA_VERSION:
+            raise self._other_schema(found)
+
+    def _schema_version(self, connection: sa.Connection) -> str | None:
+        exists = connection.scalar(sa.text("SELECT to_regclass(:name) IS NOT NULL"), {"name": VERSION_TABLE})
+        return connection.scalar(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")) if exists else None
+
+    def _other_schema(self, found: str) -> ConfigurationError:
+        remedy = "install that newer sensor_pipeline" if found > SCHEMA_VERSION else "run: sensor-pipeline migrate"
+        return ConfigurationError(
+            f"the schema of {self.name} is at version {found}, this code needs {SCHEMA_VERSION}; {remedy}"
+        )
 
     def check_encoding(self, connection: sa.Connection) -> None:
         """Refuse a database that cannot hold every text that a message may have.
@@ -182,7 +210,7 @@ class Database:
             f"PostgreSQL at {self.name} could not do it now ({state}): {said}; {unchanged}{remedy}, then try again"
         )
 
-    def _no_connection(self, said: str, *, connected: bool) -> UnavailableError:
+    def _no_connection(self, said: str, *, connected: bool) -> SensorPipelineError:
         """Libpq gives no SQLSTATE here, also where the server sent one, so that all that it may be is named."""
         if connected:
             return UnavailableError(
@@ -190,12 +218,32 @@ class Database:
                 "the server was restarted or the network failed, that passes by itself; if the server's log says that "
                 "it ended the session, raise idle_in_transaction_session_timeout or transaction_timeout; then try again"
             )
+        if problem := self._certificate_problem():
+            return ConfigurationError(f"the certificate of PostgreSQL at {self.name} is refused: {problem}")
         return UnavailableError(
             f"no connection to PostgreSQL at {self.name} as {self._user}: {said or 'it was closed'}; check that it "
-            "runs (if not, its log says why) and POSTGRES_HOST, _PORT, _DB, _USER and _PASSWORD; if it only starts up, "
-            "that passes by itself; if it has too many connections, raise max_connections or the CONNECTION LIMIT, or "
-            "close other sessions; then try again"
+            "runs (if not, its log says why) and POSTGRES_HOST, _PORT, _DB, _USER and _PASSWORD; if this is about "
+            "SSL or encryption, POSTGRES_SSLMODE and _SSLROOTCERT; if it only starts up, that passes by itself; if it "
+            "has too many connections, raise max_connections or the CONNECTION LIMIT, or close other sessions; then "
+            "try again"
         )
+
+    def _certificate_problem(self) -> str | None:
+        mode, authorities = self._tls.get("sslmode"), self._tls.get("sslrootcert")
+        if mode not in _VERIFYING or authorities is None:
+            return None
+        return certificate_problem(
+            *self._server,
+            authorities=None if authorities == "system" else authorities,
+            setting="POSTGRES_SSLROOTCERT",
+            check_name=mode == "verify-full",
+            ask_for_tls=_ask_for_tls,
+        )
+
+
+def _ask_for_tls(connection: socket.socket) -> None:
+    connection.sendall(_SSL_REQUEST)
+    connection.recv(1)
 
 
 def _cause(error: BaseException | None) -> BaseException | None:

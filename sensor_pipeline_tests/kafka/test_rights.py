@@ -49,7 +49,7 @@ def test_a_user_gets_on_step_by_step_as_rights_are_granted(
     grant(settings, {(ResourceType.TOPIC, topic): AclOperation.READ})
     stranger = Pipeline(replace(user.settings, kafka_group_id="another-group"))
     stranger.kafka = Kafka(stranger.settings, timeout=2)
-    asked = "may not use the consumer group (it needs READ on it)"
+    asked = "may not use the consumer group another-group (it needs READ on it)"
     eventually(lambda: asked in outcome(stranger), "the right to the group is asked for")
     assert group_offsets(replace(settings, kafka_group_id="another-group")) == {}
 

@@ -430,10 +430,12 @@ def test_migrating_again_changes_nothing(database_settings: Settings) -> None:
 
 
 def test_two_that_migrate_at_once_run_one_after_the_other(empty: Settings, database_settings: Settings) -> None:
+    asked: list[float] = []
     with ThreadPoolExecutor() as pool:
         with other_session(empty, f"SELECT pg_advisory_xact_lock({migrations._LOCK})"):
-            runs = [pool.submit(migrate, empty) for _ in range(3)]
-            until(lambda: len(sessions(empty, waiting=True)) == 3)
+            runs = [pool.submit(migrate, empty, sleep=asked.append) for _ in range(3)]
+            until(lambda: len(sessions(empty)) == 4 and len(asked) > 10)
+            assert every_row(empty) == {}
         for done in runs:
             done.result()
     check(empty)
