@@ -31,6 +31,7 @@ RUN groupadd --gid 10001 pipeline \
 
 COPY --from=build /opt/venv /opt/venv
 COPY sensor_pipeline/orchestration/dagster.yaml deploy/workspace.yaml /opt/dagster/
+COPY deploy/await-runs /usr/local/bin/
 
 # What little is written goes to /tmp, so that the rest may be read-only.
 ENV PATH=/opt/venv/bin:$PATH \
@@ -48,4 +49,4 @@ USER 10001:10001
 EXPOSE 4266
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import grpc; from grpc_health.v1.health_pb2 import HealthCheckRequest; from grpc_health.v1.health_pb2_grpc import HealthStub; assert HealthStub(grpc.insecure_channel('127.0.0.1:4266')).Check(HealthCheckRequest(service='DagsterApi'), timeout=5).status == 1"]
-CMD ["dagster", "code-server", "start", "--host", "0.0.0.0", "--port", "4266", "--module-name", "sensor_pipeline.orchestration.definitions"]
+CMD ["await-runs", "dagster", "code-server", "start", "--host", "0.0.0.0", "--port", "4266", "--module-name", "sensor_pipeline.orchestration.definitions"]
