@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import partial
 from typing import TypeVar
 
@@ -31,9 +31,9 @@ from sensor_pipeline.messages import MessageDecoder
 from sensor_pipeline.offsets import Batch, OffsetRange, contiguous_prefix, subtract
 from sensor_pipeline.postgres import ledger
 from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.days import look_kept_from
 from sensor_pipeline.postgres.refused import Refused, RowsRefusedError
 from sensor_pipeline.postgres.transaction import Origin, Written, write
-from sensor_pipeline.rules import Reason
 from sensor_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -129,13 +129,13 @@ class Pipeline:
             GapError: Kafka no longer has offsets that the ledger does not hold.
             TopicReplacedError: the topic is not the one that the batch was planned for.
         """
-        todo = self._not_ingested(batch)
+        todo, kept_from = self._not_ingested(batch)
         builder = FrameBuilder()
         no_record: list[OffsetRange] = []
         if todo:
             for part in self.kafka.drain(batch, todo):
                 if isinstance(part, Records):
-                    builder.add(part, self._decoder.decode(part.value, part.timestamp_ms))
+                    builder.add(part, self._decoder.decode(part.value, part.timestamp_ms, kept_from))
                 else:
                     no_record = part
         return Drained(builder.frame(), tuple(builder.rejected), tuple(no_record))
@@ -148,7 +148,8 @@ class Pipeline:
         """Write the batch in one transaction; where the database was only busy or away, try again.
 
         A connection lost during the commit leaves open whether it happened: the next try asks the ledger.
-        Readings that the database refuses for their content become rejected messages.
+        Readings that the database refuses for their content, or that became too old to be kept since they were drained,
+        become rejected messages.
         """
         while True:
             limit = self.settings.max_rejected_share
@@ -163,11 +164,11 @@ class Pipeline:
 
     def _reject(self, batch: Batch, drained: Drained, refused: Sequence[Refused]) -> Drained:
         """Move refused readings to the rejected messages, whole: they are read again for that."""
-        said = {(r.partition, r.offset): r.said for r in refused}
+        said = {(r.partition, r.offset): r.rejection for r in refused}
         builder = FrameBuilder()
         for part in self.kafka.drain(batch, [OffsetRange(p, o, o + 1) for p, o in sorted(said)]):
             if isinstance(part, Records):
-                builder.reject(part, said, Reason.REFUSED_BY_DATABASE)
+                builder.reject(part, said)
         readings = drained.readings
         places = zip(readings["partition"].tolist(), readings["offset"].tolist(), strict=True)
         left = readings[[place not in said for place in places]].reset_index(drop=True)
@@ -196,15 +197,17 @@ class Pipeline:
             prefixes = self._prefixes(batch)
         return {p: mirrored[p] for p in batch.partitions}
 
-    def _not_ingested(self, batch: Batch) -> list[OffsetRange]:
+    def _not_ingested(self, batch: Batch) -> tuple[list[OffsetRange], date | None]:
+        """What the ledger does not hold of a batch, and the day from which on readings are kept."""
         with self.database.begin() as connection:
             self.database.check_schema(connection)
             topic = ledger.find_topic(connection, batch.kafka_topic_id)
             done = ledger.ingested(connection, topic.id) if topic else {}
+            kept_from = look_kept_from(connection)
         if topic is None:
             register_topic(self.settings, self.kafka, self.database, self.kafka.check_topic(batch))
             return self._not_ingested(batch)
-        return subtract(batch.ranges, [span for spans in done.values() for span in spans])
+        return subtract(batch.ranges, [span for spans in done.values() for span in spans]), kept_from
 
     def _prefixes(self, batch: Batch) -> dict[int, int]:
         with self.database.begin() as connection:

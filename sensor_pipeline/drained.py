@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sensor_pipeline.messages import Decoded
 from sensor_pipeline.offsets import OffsetRange
+from sensor_pipeline.rules import Reason, Rejection
 
 Headers = Sequence[tuple[str, bytes | None]]
 
@@ -94,13 +95,13 @@ class FrameBuilder:
         self._machine += decoded.machine_id
         self._values += decoded.values
         for at, (reason, detail) in decoded.rejected:
-            self.rejected.append(_rejected(records, at, str(reason), detail))
+            self.rejected.append(_rejected(records, at, reason, detail))
 
-    def reject(self, records: Records, details: Mapping[tuple[int, int], str], reason: str) -> None:
-        """Add those of a chunk's records that `details` names, by partition and offset, as rejected messages."""
+    def reject(self, records: Records, rejections: Mapping[tuple[int, int], Rejection]) -> None:
+        """Add those of a chunk's records that are named, by partition and offset, as rejected messages."""
         places = zip(records.partition.tolist(), records.offset.tolist(), strict=True)
         self.rejected += [
-            _rejected(records, at, reason, details[place]) for at, place in enumerate(places) if place in details
+            _rejected(records, at, *rejections[place]) for at, place in enumerate(places) if place in rejections
         ]
 
     def frame(self) -> pd.DataFrame:
@@ -121,7 +122,7 @@ class FrameBuilder:
         )
 
 
-def _rejected(records: Records, at: int, reason: str, detail: str) -> RejectedMessage:
+def _rejected(records: Records, at: int, reason: Reason, detail: str) -> RejectedMessage:
     key, headers = records.key_and_headers(at)
     return RejectedMessage(
         partition=int(records.partition[at]),

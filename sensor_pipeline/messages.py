@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, timedelta
 from itertools import compress
 from zoneinfo import ZoneInfo
 
@@ -28,6 +28,7 @@ from sensor_pipeline.rules import (
     Rejection,
     examine,
     parse_timestamp,
+    too_old,
 )
 
 # In a message that is not too long a number exceeds `numeric` only by an exponent of five digits or more.
@@ -74,8 +75,13 @@ class MessageDecoder:
         self._zone = None if naive_timestamp_tz.key == "UTC" else naive_timestamp_tz
         self._max_message_bytes = max_message_bytes
 
-    def decode(self, messages: Sequence[bytes | None], record_ms: NDArray[np.int64]) -> Decoded:
-        """Decode messages, each with its Kafka record's timestamp in milliseconds (-1: it has none)."""
+    def decode(
+        self, messages: Sequence[bytes | None], record_ms: NDArray[np.int64], kept_from: date | None = None
+    ) -> Decoded:
+        """Decode messages, each with its Kafka record's timestamp in milliseconds (-1: it has none).
+
+        Readings from before the day (in UTC) `kept_from` are rejected.
+        """
         plain = find_plain(messages, most_bytes=self._max_message_bytes, naive_is_utc=self._zone is None)
         others: list[tuple[int, Reading]] = []
         rejected: list[tuple[int, Rejection]] = []
@@ -87,6 +93,8 @@ class MessageDecoder:
                 rejected.append((place, result))
         accepted = _in_order(plain, others)
         keep = self._not_in_future(accepted.place, accepted.timestamp, record_ms, rejected)
+        if kept_from is not None:
+            keep &= _not_too_old(accepted.place, accepted.timestamp, kept_from, rejected)
         return Decoded(
             index=accepted.place[keep],
             machine_id=list(compress(accepted.machine_id, keep)),
@@ -97,7 +105,7 @@ class MessageDecoder:
         )
 
     def decode_one(self, message: bytes | None) -> Reading | Rejection:
-        """Decode one message by all rules but `timestamp_in_future`, which needs the record's timestamp."""
+        """Decode one message by all rules but those on when it may be, which need more than the message."""
         if message is None:
             return Rejection(Reason.TOMBSTONE, "the message has no value")
         if len(message) > self._max_message_bytes:
@@ -151,6 +159,19 @@ class MessageDecoder:
             rejected.append((int(places[at]), Rejection(Reason.TIMESTAMP_IN_FUTURE, detail)))
         keep: NDArray[np.bool_] = ~future
         return keep
+
+
+def _not_too_old(
+    places: NDArray[np.int64],
+    timestamp: NDArray[np.datetime64],
+    kept_from: date,
+    rejected: list[tuple[int, Rejection]],
+) -> NDArray[np.bool_]:
+    """As `_not_in_future`."""
+    old = timestamp < np.datetime64(kept_from)
+    rejected += [(int(places[at]), too_old(timestamp[at], kept_from)) for at in np.flatnonzero(old)]
+    keep: NDArray[np.bool_] = ~old
+    return keep
 
 
 def _in_order(plain: Plain, others: Sequence[tuple[int, Reading]]) -> Plain:

@@ -19,12 +19,12 @@ from sensor_pipeline.batch import retried
 from sensor_pipeline.drained import Drained, Records
 from sensor_pipeline.messages import MessageDecoder
 from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.days import look_kept_from
 from sensor_pipeline.postgres.ledger import StoredTopic
 from sensor_pipeline.postgres.refused import RowsRefusedError
 from sensor_pipeline.postgres.rejected_search import Filter, count, find_topics, pages, until_now
 from sensor_pipeline.postgres.replay import Replayed, decode, places_of, replay
 from sensor_pipeline.postgres.transaction import Origin
-from sensor_pipeline.rules import Reason
 from sensor_pipeline.settings import Settings
 
 # A part's transaction keeps its lanes waiting for a second or less; its payloads are held about four times over.
@@ -126,7 +126,8 @@ class Replay:
         return self.outcome
 
     def _part(self, topic: StoredTopic, page: Records) -> None:
-        found = decode(self._decoder, page)
+        with self._database.begin() as connection:
+            found = decode(self._decoder, page, look_kept_from(connection))
         self.outcome.looked_at += len(page.value)
         self._note_bad(topic, found)
         if self._dry_run:
@@ -137,10 +138,11 @@ class Replay:
             try:
                 done = self._write(topic, readings)
             except RowsRefusedError as error:
-                said = {(refused.partition, refused.offset): refused.said for refused in error.refused}
-                for (partition, offset), detail in said.items():
-                    self._note(Reason.REFUSED_BY_DATABASE, Sample(topic.name, partition, offset, detail))
-                readings = readings[[place not in said for place in places_of(readings)]]
+                for refused in error.refused:
+                    reason, detail = refused.rejection
+                    self._note(reason, Sample(topic.name, refused.partition, refused.offset, detail))
+                bad = {(refused.partition, refused.offset) for refused in error.refused}
+                readings = readings[[place not in bad for place in places_of(readings)]]
             else:
                 self._note_done(topic, done)
                 return

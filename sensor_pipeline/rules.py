@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import Any, NamedTuple, NoReturn
@@ -30,6 +30,7 @@ class Reason(StrEnum):
     TIMESTAMP_UNREADABLE = "timestamp_unreadable"
     TIMESTAMP_OUT_OF_RANGE = "timestamp_out_of_range"
     TIMESTAMP_IN_FUTURE = "timestamp_in_future"
+    TIMESTAMP_TOO_OLD = "timestamp_too_old"
     MISSING_READINGS = "missing_readings"
     READINGS_NOT_OBJECT = "readings_not_object"
     VALUES_NOT_OBJECT = "values_not_object"
@@ -48,6 +49,15 @@ class Rejection(NamedTuple):
 
     reason: Reason
     detail: str
+
+
+def too_old(timestamp: object, kept_from: date) -> Rejection:
+    """The rejection of a reading from before the day (in UTC) from which on readings are kept."""
+    return Rejection(
+        Reason.TIMESTAMP_TOO_OLD,
+        f"{timestamp} UTC is before {kept_from.isoformat()}: readings from before that day were dropped "
+        "(READINGS_KEPT_DAYS), and none are taken any more",
+    )
 
 
 class Reading(NamedTuple):

@@ -82,6 +82,7 @@ class Settings:
     naive_timestamp_tz: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     stale_after: timedelta = timedelta(minutes=10)
     silent_after: timedelta = timedelta(hours=1)
+    readings_kept_days: int | None = None
     runs_kept_days: int = 14
     batches_kept_days: int = 90
     alert_webhook_url: str | None = field(default=None, repr=False)
@@ -320,6 +321,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "NAIVE_TIMESTAMP_TZ": ("naive_timestamp_tz", _zone),
     "STALE_AFTER": ("stale_after", parse_duration),
     "SILENT_AFTER": ("silent_after", parse_duration),
+    "READINGS_KEPT_DAYS": ("readings_kept_days", _whole(1, 100_000)),
     "RUNS_KEPT_DAYS": ("runs_kept_days", _whole(1, 100_000)),
     "BATCHES_KEPT_DAYS": ("batches_kept_days", _whole(1, 100_000)),
     "ALERT_WEBHOOK_URL": ("alert_webhook_url", _webhook_url),

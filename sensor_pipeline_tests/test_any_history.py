@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -45,17 +46,20 @@ class Log:
         log = self.partitions.setdefault(partition, [])
         log.append(Published(self.topic, self.topic_id, partition, len(log), value, bad=bad))
 
-    def drain(self, ranges: list[OffsetRange]) -> Drained:
-        builder = FrameBuilder()
+    def records(self, ranges: list[OffsetRange]) -> Iterator[Records]:
         for span in ranges:
             messages = self.partitions[span.partition][span.start : span.end]
-            records = Records(
+            yield Records(
                 partition=np.full(len(messages), span.partition, np.int32),
                 offset=np.array([m.offset for m in messages], np.int64),
                 timestamp_ms=np.full(len(messages), -1),
                 value=[m.value for m in messages],
                 key_and_headers=lambda at: (None, []),
             )
+
+    def drain(self, ranges: list[OffsetRange]) -> Drained:
+        builder = FrameBuilder()
+        for records in self.records(ranges):
             builder.add(records, self._decoder.decode(records.value, records.timestamp_ms))
         return Drained(builder.frame(), tuple(builder.rejected), ())
 

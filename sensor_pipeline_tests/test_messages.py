@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from random import Random
@@ -226,9 +226,9 @@ def test_a_message_that_can_never_be_a_reading_is_rejected_with_its_reason(reaso
 
 
 def test_every_reason_has_a_message_here_and_a_row_in_the_documentation() -> None:
-    # These two take more than the message's bytes: its record's timestamp (below), and a database.
-    tried = {reason for reason, _ in REJECTED} | {Reason.TIMESTAMP_IN_FUTURE, Reason.REFUSED_BY_DATABASE}
-    assert tried == set(Reason)
+    # These take more than the message's bytes: its record's timestamp, what is kept (both below), and a database.
+    others = {Reason.TIMESTAMP_IN_FUTURE, Reason.TIMESTAMP_TOO_OLD, Reason.REFUSED_BY_DATABASE}
+    assert {reason for reason, _ in REJECTED} | others == set(Reason)
     codes = [row[0] for row in documented()]
     assert sorted(codes) == sorted(Reason)
 
@@ -501,6 +501,20 @@ def test_a_timestamp_may_lie_max_future_ahead_of_its_record_and_not_a_microsecon
     assert [(place, rejection.reason) for place, rejection in decoded.rejected] == [(1, Reason.TIMESTAMP_IN_FUTURE)]
     assert str(np.datetime64(beyond)) in decoded.rejected[0][1].detail
     assert decoded.rejected[0][1].detail.isascii()
+
+
+def test_a_timestamp_may_lie_on_the_day_from_which_readings_are_kept_and_not_a_microsecond_before() -> None:
+    values = [
+        message(timestamp=f'"{text}"') for text in ("2026-01-01T00:00:00", "2025-12-31T23:59:59.999999", "0001-01-01")
+    ]
+    decoded = DECODER.decode(
+        [*values, message(timestamp='"2026-01-01T00:30:00+01:00"')], np.full(4, -1), date(2026, 1, 1)
+    )
+    assert decoded.index.tolist() == [0]
+    assert [(place, rejection.reason) for place, rejection in decoded.rejected] == [
+        (place, Reason.TIMESTAMP_TOO_OLD) for place in (1, 2, 3)
+    ]
+    assert "2025-12-31T23:59:59.999999 UTC is before 2026-01-01" in decoded.rejected[0][1].detail
 
 
 def test_a_record_without_a_timestamp_sets_no_limit() -> None:

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "NAIVE_TIMESTAMP_TZ": ZoneInfo("UTC"),
     "STALE_AFTER": timedelta(minutes=10),
     "SILENT_AFTER": timedelta(hours=1),
+    "READINGS_KEPT_DAYS": None,
     "RUNS_KEPT_DAYS": 14,
     "BATCHES_KEPT_DAYS": 90,
     "ALERT_WEBHOOK_URL": None,
@@ -76,6 +77,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("START_FROM", "2026-01-01T12:00:00+01:00", datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=1)))),
     ("STALE_AFTER", "90 s", timedelta(seconds=90)),
     ("SILENT_AFTER", "2 days", timedelta(days=2)),
+    ("READINGS_KEPT_DAYS", "365", 365),
     ("RUNS_KEPT_DAYS", "1", 1),
     ("BATCHES_KEPT_DAYS", "100000", 100_000),
     ("MAX_FUTURE", "0s", timedelta(0)),
@@ -106,6 +108,7 @@ SHARE = "a share such as 0.2 or 20%, from 0 to 1"
 INVALID: list[tuple[str, str, str]] = [
     ("STALE_AFTER", "soon", "must be a duration"),
     ("SILENT_AFTER", "1", "must be a duration"),
+    ("READINGS_KEPT_DAYS", "0", "must be a whole number from 1"),
     ("RUNS_KEPT_DAYS", "0", "must be a whole number from 1"),
     ("BATCHES_KEPT_DAYS", "1.5", "must be a whole number from 1"),
     ("KAFKA_BOOTSTRAP_SERVERS", "localhost", PORTS),

@@ -29,6 +29,7 @@ _RIGHTS = {
     "failures": "SELECT, INSERT, UPDATE, DELETE",
     "readings": "SELECT, INSERT, UPDATE",
     "readings_horizon": "SELECT",
+    "dropped_readings": "SELECT",
     "rejected_messages": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is what its lock asks for
     "ingested_offsets": "SELECT, INSERT, UPDATE",
     "batches": "SELECT, INSERT, DELETE",
@@ -40,8 +41,9 @@ _MORE_RIGHTS = {
     "USAGE on the sequence of failures": """
         SELECT has_sequence_privilege(pg_get_serial_sequence('failures', 'id'), 'USAGE')""",
     "USAGE on readings_id_seq": "SELECT has_sequence_privilege('readings_id_seq', 'USAGE')",
-    "CREATE on the schema of readings, for its day partitions": """
-        SELECT has_schema_privilege(relnamespace, 'CREATE') FROM pg_class WHERE oid = 'readings'::regclass""",
+    "EXECUTE on make_readings_day": "SELECT has_function_privilege('make_readings_day(date)', 'EXECUTE')",
+    "EXECUTE on keep_readings_from": "SELECT has_function_privilege('keep_readings_from(date)', 'EXECUTE')",
+    "EXECUTE on drop_readings": "SELECT has_function_privilege('drop_readings()', 'EXECUTE')",
 }
 
 Check = tuple[str, Callable[[], str]]
@@ -120,11 +122,6 @@ def _rights(pipeline: Pipeline) -> str:
         for what, question in _MORE_RIGHTS.items():
             if not connection.scalars(sa.text(question)).one():
                 missing.append(what)
-        owner = connection.scalars(
-            sa.text("SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'readings'::regclass")
-        ).one()
-    if not owner:
-        missing.append("ownership of readings, for its day partitions")
     if missing:
         raise ConfigurationError(f"{pipeline.settings.postgres_user} lacks {', '.join(missing)}; have it granted")
     return f"{pipeline.settings.postgres_user} has all that are needed"

@@ -20,10 +20,11 @@ from dagster import (
     op,
 )
 
+from sensor_pipeline.orchestration import tags
 from sensor_pipeline.orchestration.explained import failures_explained
 from sensor_pipeline.postgres.batch_log import forget_batches
 from sensor_pipeline.postgres.database import Database
-from sensor_pipeline.postgres.days import ensure_days
+from sensor_pipeline.postgres.days import drop_readings, ensure_days
 from sensor_pipeline.settings import Settings
 
 JOB_NAME = "keep_house"
@@ -47,6 +48,19 @@ def build_job(settings: Settings, jobs: Sequence[str]) -> JobDefinition:
         context.add_output_metadata({"days made": ", ".join(day.isoformat() for day in made) or "none"})
 
     @op
+    def drop_old_readings(context: OpExecutionContext) -> None:
+        """Drop the days of readings that are older than READINGS_KEPT_DAYS, if that is set."""
+        days = settings.readings_kept_days
+        if days is None:
+            context.add_output_metadata({"readings dropped": 0, "kept from": "READINGS_KEPT_DAYS is not set: all"})
+            return
+        before = datetime.now(UTC).date() - timedelta(days=days)
+        with failures_explained():
+            dropped = drop_readings(database, before, _MOST_SECONDS)
+        kept_from = dropped.kept_from.isoformat() if dropped.kept_from else "all: none is in a day that is too old"
+        context.add_output_metadata({"readings dropped": dropped.readings, "kept from": kept_from})
+
+    @op
     def delete_batches(context: OpExecutionContext) -> None:
         """Delete old rows of the batch log; the ledger and its totals stay."""
         before = datetime.now(UTC) - timedelta(days=settings.batches_kept_days)
@@ -61,9 +75,15 @@ def build_job(settings: Settings, jobs: Sequence[str]) -> JobDefinition:
         deleted = forget_runs(context.instance, [*jobs, JOB_NAME], before, _MOST_SECONDS)
         context.add_output_metadata({"runs deleted": deleted, "older than": before.isoformat()})
 
-    @job(name=JOB_NAME, executor_def=in_process_executor, description="Deletes what is too old, makes coming days.")
+    @job(
+        name=JOB_NAME,
+        tags=tags.MAY_TAKE_HOURS,  # the readings of a busy day are counted before they are dropped
+        executor_def=in_process_executor,
+        description="Deletes what is too old, makes coming days.",
+    )
     def keep_house() -> None:
         make_days()
+        drop_old_readings()
         delete_batches()
         delete_runs()
 

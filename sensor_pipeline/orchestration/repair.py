@@ -24,6 +24,7 @@ from dagster import (
 )
 
 from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.orchestration import tags
 from sensor_pipeline.orchestration.explained import failures_explained
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.settings import Settings, parse_moment
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 REPLAY_JOB = "replay_rejected"
 RECOMPUTE_JOB = "recompute_failures"
 
-# A batch takes seconds, and dagster.yaml's max_runtime_seconds is made for that. These may take hours, and hold up
-# nothing that would have to be freed.
-_TAGS = {"dagster/max_runtime": "86400"}
 # A run's page is read by people, and its metadata is kept in Dagster's database.
 _MOST_ROWS = 50
 _MOST_CHARACTERS = 200
@@ -99,7 +97,12 @@ def build_replay_job(settings: Settings) -> JobDefinition:
             outcome = work.run(lambda _: context.log.info(work.outcome.sentence(dry_run=dry_run)))
         context.add_output_metadata(_replayed(outcome, dry_run=dry_run))
 
-    @job(name=REPLAY_JOB, tags=_TAGS, executor_def=in_process_executor, config=_prefilled("replay", _REPLAY_CONFIG))
+    @job(
+        name=REPLAY_JOB,
+        tags=tags.MAY_TAKE_HOURS,
+        executor_def=in_process_executor,
+        config=_prefilled("replay", _REPLAY_CONFIG),
+    )
     def replay_rejected() -> None:
         """Try rejected messages again by today's rules and settings, once what was wrong with them is mended.
 
@@ -135,7 +138,7 @@ def build_recompute_job(settings: Settings) -> JobDefinition:
 
     @job(
         name=RECOMPUTE_JOB,
-        tags=_TAGS,
+        tags=tags.MAY_TAKE_HOURS,
         executor_def=in_process_executor,
         config=_prefilled("recompute", _RECOMPUTE_CONFIG),
     )

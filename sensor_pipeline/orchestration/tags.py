@@ -11,6 +11,10 @@ RANGES = "ranges"
 MACHINES = "machines"
 OUTCOME = "outcome"
 
+# A batch takes seconds, and dagster.yaml's max_runtime_seconds is made for that. Jobs with these tags may take hours,
+# and hold up nothing that would have to be freed.
+MAY_TAKE_HOURS = {"dagster/max_runtime": "86400"}
+
 _CHARACTERS = 200
 
 

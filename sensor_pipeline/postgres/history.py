@@ -11,6 +11,22 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+# From this moment on all readings are kept. A failure that reaches into that time has its first and last reading from
+# before it still; of one that ended before, all were dropped, and nothing can be said about it any more.
+KEPT_FROM = "(SELECT coalesce(kept_from::timestamp AT TIME ZONE 'UTC', '-infinity') FROM readings_horizon)"
+
+# Machines with when they were first and last seen by their readings; what was seen before these are kept is taken as it
+# stands.
+SEEN_BY_READINGS = f"""
+    machines CROSS JOIN LATERAL (
+        SELECT CASE WHEN first_seen < {KEPT_FROM} THEN least(first_seen, first) ELSE first END AS first,
+               CASE WHEN last_seen < {KEPT_FROM} THEN greatest(last_seen, last) ELSE last END AS last
+        FROM (
+            SELECT min("timestamp") AS first, max("timestamp") AS last FROM readings WHERE machine_id = machines.id
+        ) AS stored
+    ) AS held
+"""
+
 _INSIDE = """r."timestamp" > coalesce(CAST(:after AS timestamptz), '-infinity')
     AND r."timestamp" <= coalesce(CAST(:until AS timestamptz), 'infinity')"""
 # Every reading of the window with the number of its failure, or of the last one before it; 0 before the first. The
@@ -37,10 +53,11 @@ _FOUND = sa.text(f"""
            array_agg(DISTINCT failure_id) FILTER (WHERE has_failure) AS ids
     FROM numbered WHERE episode > 0 GROUP BY episode ORDER BY episode
 """)
-_STORED = sa.text("""
+_STORED = sa.text(f"""
     SELECT id, start_time AS start, last_failing_time AS last, end_time AS end FROM failures
     WHERE machine_id = :machine AND start_time > coalesce(CAST(:after AS timestamptz), '-infinity')
         AND start_time <= coalesce(CAST(:until AS timestamptz), 'infinity')
+        AND coalesce(end_time, 'infinity') >= {KEPT_FROM}
     ORDER BY start_time, id
 """)
 _POINT = sa.text(f"""

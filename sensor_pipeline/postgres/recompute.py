@@ -18,6 +18,7 @@ from sensor_pipeline.notices import changes
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.failure_rows import failure_frame, store_failures
 from sensor_pipeline.postgres.history import (
+    SEEN_BY_READINGS,
     Span,
     Window,
     compare,
@@ -32,10 +33,10 @@ from sensor_pipeline.postgres.verify import EXAMPLES, SNAPSHOT, Machine, find_ma
 from sensor_pipeline.settings import ALERT_MAX_AGE, check_order
 
 _SETTINGS = sa.text("SET LOCAL jit = off")
-_SEE = sa.text("""
-    UPDATE machines SET first_seen = held.first, last_seen = held.last
-    FROM (SELECT min("timestamp") AS first, max("timestamp") AS last FROM readings WHERE machine_id = :machine) AS held
-    WHERE id = :machine AND (first_seen, last_seen) <> (held.first, held.last)
+_SEE = sa.text(f"""
+    UPDATE machines SET first_seen = seen.first, last_seen = seen.last
+    FROM (SELECT id, held.first, held.last FROM {SEEN_BY_READINGS} WHERE id = :machine) AS seen
+    WHERE machines.id = seen.id AND (first_seen, last_seen) <> (seen.first, seen.last)
 """)
 
 

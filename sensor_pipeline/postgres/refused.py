@@ -15,17 +15,18 @@ from psycopg2 import Error as DriverError
 from sqlalchemy.exc import DBAPIError
 
 from sensor_pipeline.postgres.database import about_content
+from sensor_pipeline.rules import Rejection
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Refused:
-    """One reading, and the database's words."""
+    """One reading, and why it cannot be stored."""
 
     partition: int
     offset: int
-    said: str
+    rejection: Rejection
 
 
 class RowsRefusedError(Exception):

@@ -2,6 +2,7 @@
 
 Its order of locks is a batch's (`transaction`), so that the two wait for each other and never deadlock:
 
+0. the day from which on readings are kept, held
 1. the ledger's rows of the messages' partitions, locked; then the rejected rows, locked and decoded
 2. to 5. as in a batch: machines, healthy readings, failures recomputed, failing readings
 6. the rejected rows removed, batch log (kind `replay`), the ledger's totals moved; its offsets are done and stay so
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, timedelta
 
 import pandas as pd
 import sqlalchemy as sa
@@ -28,7 +29,7 @@ from sensor_pipeline.messages import MessageDecoder
 from sensor_pipeline.offsets import Batch, OffsetRange, hull, ranges_of, subtract
 from sensor_pipeline.postgres import ledger, rejected
 from sensor_pipeline.postgres.database import Database
-from sensor_pipeline.postgres.days import ensure_days
+from sensor_pipeline.postgres.days import ensure_days, kept_from
 from sensor_pipeline.postgres.transaction import SETTINGS, Origin, Transaction, Written, days_of
 
 KIND = "replay"
@@ -46,10 +47,10 @@ class Replayed:
     gone: int
 
 
-def decode(decoder: MessageDecoder, messages: Records) -> Drained:
+def decode(decoder: MessageDecoder, messages: Records, kept_from: date | None) -> Drained:
     """Rejected messages by today's rules."""
     builder = FrameBuilder()
-    builder.add(messages, decoder.decode(messages.value, messages.timestamp_ms))
+    builder.add(messages, decoder.decode(messages.value, messages.timestamp_ms, kept_from))
     return Drained(builder.frame(), tuple(builder.rejected), ())
 
 
@@ -78,6 +79,8 @@ def replay(
     ensure_days(database, days_of(looked_at))
     with database.begin() as connection:
         connection.execute(SETTINGS)
+        # 0
+        oldest = kept_from(connection)
         # 1
         ledger.lock(connection, topic.id, sorted(set(looked_at["partition"].tolist())))
         held = rejected.lock(connection, topic.id, places_of(looked_at))
@@ -85,7 +88,7 @@ def replay(
         if gone == len(looked_at):
             return Replayed(_NOTHING, (), gone)
         # Anew: somebody may have changed a row between the look and the lock.
-        decoded = decode(decoder, held)
+        decoded = decode(decoder, held, oldest)
         if decoded.readings.empty:
             return Replayed(_NOTHING, decoded.rejected, gone)
         written = _move(connection, topic, decoded, origin, alert_max_age)

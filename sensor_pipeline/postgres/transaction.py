@@ -2,6 +2,7 @@
 
 READ COMMITTED, in this order; locks are always taken in it, so that batches wait and never deadlock:
 
+0. the day from which on readings are kept, held
 1. the ledger's rows of the batch's partitions, locked; what they already hold is taken out of the batch
 2. machines that are new, inserted in order of name
 3. healthy readings, which need no lock on machines and no knowledge of failures
@@ -33,11 +34,12 @@ from sensor_pipeline.offsets import Batch, OffsetRange, intersect, subtract, tot
 from sensor_pipeline.postgres import ledger, machines
 from sensor_pipeline.postgres.copy import copy_readings
 from sensor_pipeline.postgres.database import Database
-from sensor_pipeline.postgres.days import ensure_days
+from sensor_pipeline.postgres.days import ensure_days, kept_from
 from sensor_pipeline.postgres.episodes import FailureEvent, settle
 from sensor_pipeline.postgres.notices import add_changes
 from sensor_pipeline.postgres.refused import Refused, RowsRefusedError, insert
 from sensor_pipeline.postgres.rejected import add_rejected
+from sensor_pipeline.rules import Reason, Rejection, too_old
 from sensor_pipeline.settings import ALERT_MAX_AGE
 
 # A process that stands still (suspended, on a frozen host) may keep its locks no longer than a run may take; where the
@@ -117,7 +119,8 @@ def write(
     Raises:
         TooManyRejectedError: that is so.
         ConservationError: the batch does not add up; nothing was written.
-        RowsRefusedError: the database refuses some readings for their content; nothing was written.
+        RowsRefusedError: the database refuses some readings for their content, or they became too old to be kept;
+            nothing was written.
     """
     ensure_days(database, days_of(detected))
     with database.begin() as connection:
@@ -151,6 +154,8 @@ class Transaction:
     def run(self) -> Written:
         """All of them."""
         self._connection.execute(SETTINGS)
+        # 0
+        oldest = kept_from(self._connection)
         topic = ledger.find_topic(self._connection, self._batch.kafka_topic_id)
         if topic is None:
             raise DataError(
@@ -162,6 +167,7 @@ class Transaction:
         todo = self._take_out_ingested(topic.id)
         if not todo:
             return Written(None, inserted=0, already_ingested=len(self._batch), rejected=0, no_record=0)
+        self._check_age(oldest)
         self._check_share()
         return self._account(topic, todo, self.store(topic))
 
@@ -232,6 +238,15 @@ class Transaction:
         )
         return todo
 
+    def _check_age(self, oldest: date | None) -> None:
+        """The drain has rejected what is too old, unless that became so meanwhile."""
+        if oldest is None:
+            return
+        old = self._readings[self._readings["timestamp"].to_numpy("datetime64[us]") < np.datetime64(oldest)]
+        if not old.empty:
+            moments = old["timestamp"].to_numpy("datetime64[us]")
+            raise _refused(old, [too_old(moment, oldest) for moment in moments])
+
     def _machine_ids(self, names: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         found = machines.known(self._connection, names)
         missing = sorted(set(names) - found.keys())
@@ -245,7 +260,7 @@ class Transaction:
             _, refused = insert(self._connection, missing, add)
             if refused:
                 rows = self._readings[self._readings["machine"].isin(list(refused))]
-                raise _refused(rows, [refused[name] for name in rows["machine"]])
+                raise _refused(rows, [_by_database(refused[name]) for name in rows["machine"]])
             # Another batch may have made some of them meanwhile; only a new statement sees those.
             found |= machines.known(self._connection, missing)
         if lost := [name for name in names if name not in found]:
@@ -276,7 +291,7 @@ class Transaction:
         copied, refused = insert(self._connection, range(len(rows)), copy)
         self._copying += time.perf_counter() - began
         if refused:
-            raise _refused(rows.iloc[list(refused)], list(refused.values()))
+            raise _refused(rows.iloc[list(refused)], list(map(_by_database, refused.values())))
         return copied
 
     def log(self, topic_id: int, written: Written, ranges: Sequence[OffsetRange], kind: str = "ingest") -> int:
@@ -349,9 +364,13 @@ class Transaction:
             )
 
 
-def _refused(rows: pd.DataFrame, words: Sequence[str]) -> RowsRefusedError:
-    columns = zip(rows["partition"].tolist(), rows["offset"].tolist(), words, strict=True)
-    return RowsRefusedError([Refused(partition, offset, said) for partition, offset, said in columns])
+def _refused(rows: pd.DataFrame, rejections: Sequence[Rejection]) -> RowsRefusedError:
+    columns = zip(rows["partition"].tolist(), rows["offset"].tolist(), rejections, strict=True)
+    return RowsRefusedError([Refused(partition, offset, rejection) for partition, offset, rejection in columns])
+
+
+def _by_database(words: str) -> Rejection:
+    return Rejection(Reason.REFUSED_BY_DATABASE, words)
 
 
 def days_of(readings: pd.DataFrame) -> list[date]:

@@ -13,7 +13,14 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from sensor_pipeline.errors import ConfigurationError
-from sensor_pipeline.postgres.history import Difference, compare, find_episodes, stored_failures, widen
+from sensor_pipeline.postgres.history import (
+    SEEN_BY_READINGS,
+    Difference,
+    compare,
+    find_episodes,
+    stored_failures,
+    widen,
+)
 
 # All statements of a transaction that begins so see one state.
 SNAPSHOT = sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL jit = off")
@@ -71,9 +78,14 @@ _HELD = """
     SELECT 'topic ' || topic_id || ' partition ' || kafka_partition || ': the ledger says ' || coalesce({total}, 0)
         || ', there are ' || coalesce(held.rows, 0) AS said
     FROM ingested_offsets FULL JOIN (
-        SELECT topic_id, kafka_partition, count(*) AS rows FROM {table} GROUP BY topic_id, kafka_partition
+        SELECT topic_id, kafka_partition, sum(rows) AS rows FROM ({rows}) AS counted GROUP BY topic_id, kafka_partition
     ) AS held USING (topic_id, kafka_partition)
     WHERE coalesce({total}, 0) <> coalesce(held.rows, 0)
+"""
+_REJECTED_ROWS = "SELECT topic_id, kafka_partition, 1 AS rows FROM rejected_messages"
+_READINGS_ROWS = """
+    SELECT topic_id, kafka_partition, count(*) AS rows FROM readings GROUP BY topic_id, kafka_partition
+    UNION ALL SELECT topic_id, kafka_partition, readings FROM dropped_readings
 """
 _OUTSIDE = f"""
     SELECT {_READING} || ': is not in the ledger, or was accepted as lost' AS said
@@ -121,13 +133,7 @@ _MACHINES = sa.text("""
     SELECT id, machine_id AS name FROM machines
     WHERE CAST(:names AS text[]) IS NULL OR machine_id = ANY (CAST(:names AS text[])) ORDER BY id
 """)
-_SEEN = sa.text("""
-    SELECT first_seen, last_seen, held.first, held.last
-    FROM machines, (
-        SELECT min("timestamp") AS first, max("timestamp") AS last FROM readings WHERE machine_id = :machine
-    ) AS held
-    WHERE id = :machine
-""")
+_SEEN = sa.text(f"SELECT first_seen, last_seen, held.first, held.last FROM {SEEN_BY_READINGS} WHERE id = :machine")
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ LEDGER_TOTALS = (
 REJECTED = (
     Check(
         "there are as many rejected messages as the ledger says",
-        _HELD.format(total="rejected", table="rejected_messages"),
+        _HELD.format(total="rejected", rows=_REJECTED_ROWS),
         reads_readings=False,
     ),
     Check("every rejected message is in the ledger", _OUTSIDE.format(table="rejected_messages"), reads_readings=False),
@@ -170,8 +176,8 @@ CHECKS = (
     *REJECTED,
     *OVERLAPS,
     Check(
-        "there are as many readings as the ledger says",
-        _HELD.format(total="readings", table="readings"),
+        "there are as many readings, with those dropped, as the ledger says",
+        _HELD.format(total="readings", rows=_READINGS_ROWS),
         reads_readings=True,
     ),
     Check("every reading is in the ledger", _OUTSIDE.format(table="readings"), reads_readings=True),
@@ -228,7 +234,7 @@ def look(
     window = widen(connection, machine.id, since, until)
     differences = compare(find_episodes(connection, window), stored_failures(connection, window))
     held = connection.execute(_SEEN, {"machine": machine.id}).one()
-    if held.first is None:
+    if held.last is None:
         return differences, "it has no reading (which recompute leaves alone): restore them, or delete its row"
     if (held.first, held.last) != (held.first_seen, held.last_seen):
         return differences, (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from sensor_pipeline.postgres import batch_log
 from sensor_pipeline.postgres.verify import CHECKS, ask
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.oracle import connect, expected, stored
-from sensor_pipeline_tests.orchestration.test_job import publish_some, whole_backlog
+from sensor_pipeline_tests.orchestration.test_job import metadata, publish_some, whole_backlog
+from sensor_pipeline_tests.postgres.tables import dated
+from sensor_pipeline_tests.publishing import Publisher
 
 
 @pytest.fixture
@@ -77,6 +80,48 @@ def test_old_rows_of_the_batch_log_go_and_everything_still_adds_up(
     assert stored(settings) == expected(published)
     with database.begin() as connection:
         assert all(ask(connection, check).wrong == 0 for check in CHECKS)
+
+
+def test_the_job_drops_the_readings_of_old_days_and_late_ones_are_rejected(
+    settings: Settings, pipeline: Pipeline, instance: DagsterInstance
+) -> None:
+    today = datetime.now(UTC).date()
+    begin_days_ago(pipeline, 3)
+    publisher = Publisher(settings)
+    for at, (days_ago, failing) in enumerate([(9, True), (9, True), (2, True), (1, True), (0, False)]):
+        moment = datetime.combine(today, time(minute=at), UTC) - timedelta(days=days_ago)
+        publisher.send(0, dated("m", moment, failing))
+    publisher.flush()
+    pipeline.run(whole_backlog(pipeline))
+    job = house.build_job(replace(settings, readings_kept_days=1), [])
+    result = job.execute_in_process(instance=instance)
+    yesterday = (today - timedelta(days=1)).isoformat()
+    # The failure's first reading, and its last one before yesterday, stay.
+    assert metadata(result, "drop_old_readings") == {"readings dropped": 1, "kept from": yesterday}
+    publisher.send(
+        1, dated("m", datetime.combine(today, time(), UTC) - timedelta(days=2), False), bad="timestamp_too_old"
+    )
+    publisher.flush()
+    written = pipeline.run(whole_backlog(pipeline))
+    assert written.rejected_by_reason == {"timestamp_too_old": 1}
+    with pipeline.database.begin() as connection:
+        assert all(ask(connection, check).wrong == 0 for check in CHECKS)
+    again = job.execute_in_process(instance=instance)
+    assert metadata(again, "drop_old_readings") == {"readings dropped": 0, "kept from": yesterday}
+
+
+def begin_days_ago(pipeline: Pipeline, days: int) -> None:
+    """Let a fresh database be as one that was made some days ago."""
+    with pipeline.database.begin() as connection:
+        statement = sa.text("UPDATE readings_horizon SET horizon = horizon - :days RETURNING horizon")
+        horizon = connection.scalars(statement, {"days": days}).one()
+        connection.execute(sa.text("ALTER TABLE readings DETACH PARTITION readings_before_horizon"))
+        connection.execute(
+            sa.text(f"""
+                ALTER TABLE readings ATTACH PARTITION readings_before_horizon
+                FOR VALUES FROM (MINVALUE) TO ('{horizon} 00:00+00')
+            """)
+        )
 
 
 def test_the_job_makes_the_coming_days_and_says_what_it_deleted(settings: Settings, instance: DagsterInstance) -> None:

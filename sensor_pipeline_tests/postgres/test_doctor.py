@@ -16,8 +16,11 @@ from sensor_pipeline_tests.test_any_history import Log
 
 # Each grant that a writer needs, and what doctor says where it is missing.
 GRANTS = {
-    "ALTER TABLE readings OWNER TO {role}": "ownership of readings",
-    "GRANT CREATE ON SCHEMA public TO {role}": "CREATE on the schema of readings",
+    "GRANT SELECT, INSERT, UPDATE ON readings TO {role}": "INSERT on readings, UPDATE on readings",
+    "GRANT EXECUTE ON FUNCTION make_readings_day TO {role}": "EXECUTE on make_readings_day",
+    "GRANT EXECUTE ON FUNCTION keep_readings_from TO {role}": "EXECUTE on keep_readings_from",
+    "GRANT EXECUTE ON FUNCTION drop_readings TO {role}": "EXECUTE on drop_readings",
+    "GRANT SELECT ON dropped_readings TO {role}": "SELECT on dropped_readings",
     "GRANT SELECT, INSERT ON topics TO {role}": "SELECT on topics, INSERT on topics",
     "GRANT UPDATE ON topics TO {role}": "UPDATE on topics",
     "GRANT SELECT, INSERT, UPDATE ON machines, ingested_offsets TO {role}": "INSERT on machines, UPDATE on machines",
@@ -27,6 +30,7 @@ GRANTS = {
     "GRANT SELECT, INSERT ON batches, accepted_gaps TO {role}": "INSERT on batches",
     "GRANT SELECT, INSERT, UPDATE, DELETE ON notices TO {role}": "DELETE on notices",
     "GRANT SELECT ON readings_horizon, sensor_pipeline_schema TO {role}": "SELECT on readings_horizon",
+    "GRANT USAGE ON SEQUENCE readings_id_seq TO {role}": "USAGE on readings_id_seq",
     "GRANT USAGE ON SEQUENCE failures_id_seq TO {role}": "USAGE on the sequence of failures",
 }
 
