@@ -100,7 +100,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("stack"))
     try:
         stack.compose("build")
-        stack.compose("up", "--detach", "--wait-timeout", str(PATIENCE_SECONDS))
+        stack.compose("up", "--detach")
         yield stack
     finally:
         stack.compose("down", "--volumes", "--timeout", "20", check=False)
@@ -139,7 +139,7 @@ def test_the_ui_answers_on_loopback_and_nothing_else_is_published(stack: Stack) 
 def test_the_roles_may_what_they_must(stack: Stack) -> None:
     assert int(stack.sql("SELECT count(*) FROM readings", user="sensor_reader")) > 0
     assert "permission denied" in stack.sql("DELETE FROM failures", user="sensor_reader")
-    assert "permission denied" in stack.sql("DROP TABLE IF EXISTS failures; CREATE TABLE x ()", user="sensor_reader")
+    assert "permission denied" in stack.sql("CREATE TABLE x ()", user="sensor_reader")
     assert "must be owner" in stack.sql("DROP TABLE failures", user="sensor_writer")
     for user in ("sensor_owner", "sensor_writer", "sensor_reader"):
         assert "permission denied for database" in stack.sql("SELECT 1", database="dagster", user=user)
@@ -148,10 +148,8 @@ def test_the_roles_may_what_they_must(stack: Stack) -> None:
 
 @pytest.mark.parametrize("service", ["code-server", "daemon", "webserver", "metrics", "simulator"])
 def test_ours_run_as_nobody_and_can_write_nothing(stack: Stack, service: str) -> None:
-    said = stack.compose(
-        "exec", "-T", service, "sh", "-c", "id -u; touch /opt/dagster/x /opt/venv/x; touch /tmp/x && rm /tmp/x && echo ok",
-        check=False,
-    )  # fmt: skip
+    tried = "id -u; touch /opt/dagster/x /opt/venv/x; touch /tmp/x && rm /tmp/x && echo ok"
+    said = stack.compose("exec", "-T", service, "sh", "-c", tried, check=False)
     assert said.splitlines()[0] == "10001"
     assert said.count("Read-only file system") == 2
     assert "ok" in said
@@ -166,7 +164,7 @@ def test_no_secret_is_in_the_image_or_in_an_environment(stack: Stack) -> None:
     said = subprocess.run(["docker", *files], check=False, capture_output=True, text=True).stdout
     assert "dagster.yaml" in said
     assert "/run/secrets': No such file" in said
-    assert "cc" not in said.split()
+    assert "gcc" not in said
 
 
 def test_prometheus_scrapes_the_metrics_and_has_the_rules(stack: Stack) -> None:
