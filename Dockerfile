@@ -47,6 +47,6 @@ USER 10001:10001
 # The code server; whoever runs another command brings its own check. `dagster api grpc-health-check` asks the same, and
 # takes a second of CPU to import what it is.
 EXPOSE 4266
-HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=10s --start-period=3m --retries=3 \
     CMD ["python", "-c", "import grpc; from grpc_health.v1.health_pb2 import HealthCheckRequest; from grpc_health.v1.health_pb2_grpc import HealthStub; assert HealthStub(grpc.insecure_channel('127.0.0.1:4266')).Check(HealthCheckRequest(service='DagsterApi'), timeout=5).status == 1"]
 CMD ["await-runs", "dagster", "code-server", "start", "--host", "0.0.0.0", "--port", "4266", "--module-name", "sensor_pipeline.orchestration.definitions"]
