@@ -26,11 +26,15 @@ test: lint ## lint, the definitions, and every test against a real Kafka and a r
 soak: install-dev ## the random tests, for long: many more histories, kills and messages than `make test` tries
 	SOAK=1 $(BIN)/pytest -m soak -s $(ARGS)
 
+docker: install-dev ## build the image, and try the compose file with all that it promises (needs Docker)
+	$(BIN)/pytest -m docker $(ARGS)
+
 requirements: install-dev ## pin the direct dependencies of pyproject.toml anew (needs uv)
 	uv pip compile $(COMPILE) --upgrade --all-extras pyproject.toml -o requirements-dev.txt
 	uv pip compile $(COMPILE) --extra embedded --extra build -c requirements-dev.txt pyproject.toml -o requirements.txt
+	uv pip compile $(COMPILE) --extra build -c requirements-dev.txt pyproject.toml -o requirements-deploy.txt
 
 COMPILE := --quiet --universal --generate-hashes --no-header --no-emit-index-url \
 	--index-strategy unsafe-best-match --python-version 3.11
 
-.PHONY: help install install-dev demo lint test soak requirements
+.PHONY: help install install-dev demo lint test soak docker requirements

@@ -6,7 +6,7 @@ Read once, at the start, by the definitions and the command line; everything els
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -29,6 +29,9 @@ BATCHES_PLANNED = 4
 
 # What happened longer ago is recorded when it is found, and nobody is told.
 ALERT_MAX_AGE = timedelta(days=1)
+
+# Each may be given in a file instead, named by the variable with _FILE at its end.
+SECRETS = ("POSTGRES_PASSWORD", "ALERT_WEBHOOK_URL", "KAFKA_CLIENT_SASL_PASSWORD", "KAFKA_CLIENT_SSL_KEY_PASSWORD")
 
 _SLOW_READINGS_PER_SECOND = 10_000
 
@@ -96,8 +99,9 @@ class Settings:
 
         Raises:
             ConfigurationError: naming every variable that is wrong, what it was (never a secret) and what
-                it may be.
+                it may be; or a secret's file that cannot be read.
         """
+        env = with_secrets(env)
         problems: list[str] = []
         values: dict[str, object] = {}
         for name, (attribute, parse) in _VARIABLES.items():
@@ -141,6 +145,40 @@ class Settings:
             f"BATCH_SIZE={self.batch_size}, LANES={self.lanes} and COMMIT_INTERVAL_MS="
             f"{self.commit_interval_ms} allow at most {self.most_readings_per_second:,.0f} readings/s"
         )
+
+
+def with_secrets(env: Mapping[str, str], names: Sequence[str] = SECRETS) -> dict[str, str]:
+    """`env` with each secret that a file holds (`POSTGRES_PASSWORD_FILE`) read into its own variable.
+
+    A line end at the end of the file is not part of the secret; the variables that named the files are left out.
+
+    Raises:
+        ConfigurationError: a file cannot be read or is empty, or both variables are set.
+    """
+    found = dict(env)
+    for name in names:
+        path = found.pop(f"{name}_FILE", "").strip()
+        if not path:
+            continue
+        if found.get(name):
+            raise ConfigurationError(f"both {name} and {name}_FILE are set; unset one of them")
+        found[name] = _read_secret(f"{name}_FILE={path}", Path(path))
+    return found
+
+
+def _read_secret(said: str, path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{said} cannot be read ({error.strerror}); name a file that this process's user may read"
+        ) from error
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{said} is not UTF-8 text; name the file that holds the secret") from None
+    secret = text.removesuffix("\n").removesuffix("\r")
+    if not secret:
+        raise ConfigurationError(f"{said} is empty; write the secret into it")
+    return secret
 
 
 def parse_duration(text: str) -> timedelta:

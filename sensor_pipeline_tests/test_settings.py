@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -12,10 +13,12 @@ from sensor_pipeline.errors import ConfigurationError
 from sensor_pipeline.settings import (
     _RESERVED_PROPERTIES,
     _VARIABLES,
+    SECRETS,
     Settings,
     check_order,
     parse_duration,
     parse_moment,
+    with_secrets,
 )
 
 DEFAULTS: dict[str, Any] = {
@@ -273,6 +276,46 @@ def test_secrets_are_in_no_repr_and_in_no_error() -> None:
     assert "hunter2" not in str(settings)
     said = message_of({**secrets, "LANES": "0", "KAFKA_CLIENT_GROUP_ID": "hunter2"})
     assert "hunter2" not in said
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_secret_may_be_a_file(name: str, end: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(f"https://a/hunter2{end}".encode())
+    env = {f"{name}_FILE": f" {tmp_path / 'secret'} "}
+    assert with_secrets(env) == {name: "https://a/hunter2"}
+    assert Settings.from_env(env) == Settings.from_env({name: "https://a/hunter2"})
+    assert env.keys() == {f"{name}_FILE"}
+
+
+def test_of_a_secrets_file_only_the_line_end_is_not_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(" w\u00f6rd \n\n")
+    assert with_secrets({"POSTGRES_PASSWORD_FILE": str(tmp_path / "secret")}) == {"POSTGRES_PASSWORD": " w\u00f6rd \n"}
+    assert with_secrets({"POSTGRES_PASSWORD_FILE": " ", "POSTGRES_PASSWORD": "x"}) == {"POSTGRES_PASSWORD": "x"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read (No such file or directory); name a file that this process's user may read"),
+        (b"", "is empty; write the secret into it"),
+        (b"\n", "is empty; write the secret into it"),
+        (b"\xff\xfe", "is not UTF-8 text; name the file that holds the secret"),
+    ],
+)
+def test_a_secrets_file_that_does_not_serve_is_named_with_what_to_do(
+    content: bytes | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    assert message_of({"POSTGRES_PASSWORD_FILE": str(path)}) == f"POSTGRES_PASSWORD_FILE={path} {said}"
+
+
+def test_a_secret_is_given_once(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("hunter2")
+    env = {"POSTGRES_PASSWORD": "hunter2", "POSTGRES_PASSWORD_FILE": str(tmp_path / "secret")}
+    assert message_of(env) == "both POSTGRES_PASSWORD and POSTGRES_PASSWORD_FILE are set; unset one of them"
 
 
 def test_any_librdkafka_property_can_be_set() -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from sensor_pipeline.cli.environment import environment
 from sensor_pipeline.cli.progress import progress
 from sensor_pipeline.collector import spare_collector
+from sensor_pipeline.embedded import check_installed
 
 if TYPE_CHECKING:
     from sensor_pipeline.bench.measured import Measured
@@ -50,6 +51,7 @@ def command(
     Starts servers of its own where the environment names none; where it does, works in databases and topics that it
     makes there and removes. Exits with 1 where a figure misses what it must reach.
     """
+    check_installed()
     from sensor_pipeline.bench.figures import FIGURES, QUICK
     from sensor_pipeline.bench.rounds import Effort
     from sensor_pipeline.bench.site import Site

@@ -142,7 +142,9 @@ def _dagster(env: Mapping[str, str]) -> str:
 
     from sensor_pipeline.orchestration.instance import find_wrong
 
-    os.environ.update(env)  # dagster.yaml refers to the environment
+    # Dagster's instance looks there. A file's secret is in `env` already, and its file would be a second one.
+    os.environ.clear()
+    os.environ.update(env)
     try:
         with DagsterInstance.get() as instance:
             runs = instance.get_runs_count()

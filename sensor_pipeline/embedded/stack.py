@@ -17,7 +17,7 @@ from sensor_pipeline.embedded.services import Service
 from sensor_pipeline.embedded.shutdown import Screen, Shutdown
 from sensor_pipeline.embedded.stack_file import StackFile, StackLock
 from sensor_pipeline.embedded.supervisor import Supervisor
-from sensor_pipeline.settings import KAFKA_CLIENT_PREFIX, Settings
+from sensor_pipeline.settings import KAFKA_CLIENT_PREFIX, Settings, with_secrets
 
 UI_PORT = 3000
 KAFKA_PORT = 9092
@@ -54,7 +54,7 @@ class Stack:
     ) -> None:
         check_installed()
         self.data_dir = data_dir.resolve()
-        env = _without_started(env)
+        env = with_secrets(_without_started(env))
         self.embeds_kafka = not env.get("KAFKA_BOOTSTRAP_SERVERS", "").strip()
         self.embeds_postgres = not env.get("POSTGRES_HOST", "").strip()
         self.ui: str | None = None

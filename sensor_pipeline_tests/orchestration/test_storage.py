@@ -9,9 +9,11 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from sensor_pipeline.orchestration.storage import KeptConnections
+from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.orchestration.storage import KeptConnections, url_of
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.oracle import connect
+from sensor_pipeline_tests.orchestration.jobs import environment_of
 
 
 @pytest.fixture
@@ -49,3 +51,27 @@ def test_a_connection_that_the_server_ended_is_replaced_unnoticed(
     with connect(database_settings).connect() as connection:
         assert connection.scalars(sa.text(f"SELECT pg_terminate_backend(pid) {others}")).all()
     assert storage.run_storage.get_runs() == []
+
+
+def test_without_a_database_in_its_settings_the_environment_names_it(
+    database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment_of(database_settings).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DAGSTER_POSTGRES_DB", database_settings.postgres_db)
+    storage = KeptConnections.from_config_value(None, {"should_autocreate_tables": True})
+    assert storage.run_storage.get_runs() == []
+    for part in (storage.run_storage, storage.event_log_storage, storage.schedule_storage):
+        part._engine.dispose()  # type: ignore[attr-defined]
+
+
+def test_the_login_is_dagsters_own_or_else_the_pipelines() -> None:
+    env = {"POSTGRES_HOST": "db", "POSTGRES_USER": "me", "POSTGRES_PASSWORD": "p", "DAGSTER_POSTGRES_DB": "runs"}
+    assert url_of(env) == "postgresql+psycopg2://me:p@db:5432/runs"
+    own = {"DAGSTER_POSTGRES_USER": "d/d", "DAGSTER_POSTGRES_PASSWORD": "a@b", "POSTGRES_SSLMODE": "verify-full"}
+    assert url_of(env | own) == "postgresql+psycopg2://d%2Fd:a%40b@db:5432/runs?sslmode=verify-full"
+
+
+def test_a_database_that_is_not_named_is_asked_for() -> None:
+    with pytest.raises(ConfigurationError, match="DAGSTER_POSTGRES_DB is not set; name the database"):
+        url_of({"POSTGRES_HOST": "db"})
