@@ -28,9 +28,9 @@ _CHUNK_MESSAGES = 2_000
 _POLL_SECONDS = 0.1
 
 # Kafka takes any bytes for a header's name. On one that is not UTF-8 the client's C code (as of 2.16) sets an error and
-# nevertheless returns a list, with a hole in place of the name. CPython notices where it checks what a call returned, as
-# it does here, and raises SystemError. A call written as usual is not checked any more once the interpreter has
-# specialized it: then the list gets through, and to look at its hole ends the process.
+# nevertheless returns a list, with a hole in place of the name. CPython notices where it checks what a call returned,
+# as it does here, and raises SystemError. A call written as usual is not checked once the interpreter has specialized
+# it: then the list gets through, and to look at its hole ends the process.
 _ask_for_headers = methodcaller("headers")
 _UNREADABLE = "headers with a name that is not UTF-8"
 
