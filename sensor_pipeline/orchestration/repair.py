@@ -24,6 +24,7 @@ from dagster import (
 )
 
 from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.orchestration import tags
 from sensor_pipeline.orchestration.explained import failures_explained
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.settings import Settings, parse_moment
@@ -38,7 +39,7 @@ RECOMPUTE_JOB = "recompute_failures"
 
 # A batch takes seconds, and dagster.yaml's max_runtime_seconds is made for that. These may take hours, and hold up
 # nothing that would have to be freed.
-_TAGS = {"dagster/max_runtime": "86400"}
+_TAGS = {tags.MAX_RUNTIME: "86400"}
 # A run's page is read by people, and its metadata is kept in Dagster's database.
 _MOST_ROWS = 50
 _MOST_CHARACTERS = 200

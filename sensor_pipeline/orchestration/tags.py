@@ -10,6 +10,8 @@ TOPIC = "topic"
 RANGES = "ranges"
 MACHINES = "machines"
 OUTCOME = "outcome"
+# Dagster's own: seconds after which a run is given up, in place of dagster.yaml's max_runtime_seconds.
+MAX_RUNTIME = "dagster/max_runtime"
 
 _CHARACTERS = 200
 
