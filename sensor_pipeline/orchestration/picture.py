@@ -2,6 +2,7 @@
 
 import base64
 from datetime import UTC, datetime
+from typing import Any
 
 import pandas as pd
 from dagster import (
@@ -44,7 +45,7 @@ def build_job(settings: Settings) -> JobDefinition:
             database.check_schema(connection)
             failures = failures_between(connection, until - max(_SPANS.values()), until)
         png = base64.b64encode(timeline.draw(failures, until, _SPANS)).decode()
-        metadata = {
+        metadata: dict[str, Any] = {
             "timeline": MetadataValue.md(f"![which machines failed when](data:image/png;base64,{png})"),
             "failures in the last week": len(failures),
             "active failures": int(failures["end"].isna().sum()),
