@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sensor_pipeline.kafka import Kafka, Topic
-from sensor_pipeline.offsets import OffsetRange, PartitionBacklog, intersect
+from sensor_pipeline.offsets import OffsetRange, PartitionBacklog, subtract
 from sensor_pipeline.postgres import ledger
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.ledger import FirstStart
@@ -60,16 +60,14 @@ def read_backlog(
     return backlog
 
 
-def oldest_unread(kafka: Kafka, backlog: TopicBacklog) -> datetime | None:
-    """The timestamp of the oldest record that is not ingested, by the first one of each partition; None without any."""
-    starts = {p.partition: r.start for p in backlog.partitions if not p.cut_off and (r := _first_unread(p))}
-    return min(kafka.record_times(backlog.topic, starts).values(), default=None) if starts else None
+def oldest_unread(kafka: Kafka, backlog: TopicBacklog) -> dict[int, datetime]:
+    """For each partition the timestamp of the oldest record that is not ingested, by its first one.
 
-
-def _first_unread(partition: PartitionBacklog) -> OffsetRange | None:
-    there = OffsetRange(partition.partition, partition.first, max(partition.first, partition.end))
-    left = intersect(partition.unread, [there])
-    return left[0] if left else None
+    A partition is left out where there is none, where it has no time, or where its offsets are used again (`cut_off`).
+    """
+    # A gap has no record to ask for.
+    left = {p.partition: subtract(p.unread, p.gap) for p in backlog.partitions if not p.cut_off}
+    return kafka.record_times(backlog.topic, {p: spans[0].start for p, spans in left.items() if spans})
 
 
 def register_topic(settings: Settings, kafka: Kafka, database: Database, topic: Topic) -> None:

@@ -76,6 +76,8 @@ class Delivery:
         result = Delivered()
         if self._webhook is None:
             self._log_all(result, deadline)
+        elif rest := self._webhook.rest:
+            result.trouble = f"the webhook asked for a pause, of which {rest.total_seconds():,.0f} s are left"
         else:
             self._post_all(self._webhook, result, deadline)
         return result
@@ -122,7 +124,8 @@ class Delivery:
             try:
                 webhook.post(notice.body())
             except UnavailableError as error:
-                notices.postpone(connection, notice.id, pause(taken.attempts + 1), refused=False)
+                wait = webhook.rest or pause(taken.attempts + 1)
+                notices.postpone(connection, notice.id, wait, refused=False)
                 result.trouble = str(error)
                 self._log(ERROR, _line(notice, "postponed", str(error)))
             except NoticeRefusedError as error:

@@ -10,10 +10,10 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sensor_pipeline.backlog import TopicBacklog, read_backlog
+from sensor_pipeline.backlog import TopicBacklog, oldest_unread, read_backlog
 from sensor_pipeline.errors import SensorPipelineError
 from sensor_pipeline.kafka import Kafka
-from sensor_pipeline.offsets import subtract
+from sensor_pipeline.offsets import total
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.figures import Figures, read_figures
 from sensor_pipeline.postgres.notices import Waiting, waiting
@@ -82,12 +82,10 @@ class PipelineCollector(Collector):
         return backlogs, ages, True
 
     def _ages(self, backlog: TopicBacklog) -> dict[int, float]:
-        """0 where nothing is unread; left out where the record has no time."""
-        # A gap has no record to ask for.
-        left = {p.partition: subtract(p.unread, p.gap) for p in backlog.partitions}
-        times = self._kafka.record_times(backlog.topic, {p: spans[0].start for p, spans in left.items() if spans})
+        """0 where nothing is unread but what Kafka no longer has; left out where the record has no time."""
+        times = oldest_unread(self._kafka, backlog)
         now = datetime.now(UTC)
-        ages = {p: 0.0 for p, spans in left.items() if not spans}
+        ages = {p.partition: 0.0 for p in backlog.partitions if p.lag == total(p.gap)}
         return ages | {p: max(0.0, (now - moment).total_seconds()) for p, moment in times.items()}
 
 
@@ -131,7 +129,7 @@ def _of_backlogs(backlogs: Sequence[TopicBacklog], ages: Sequence[dict[int, floa
         for partition in backlog.partitions:
             place = [backlog.topic.name, str(partition.partition)]
             lag.add_metric(place, partition.lag)
-            gap.add_metric(place, sum(map(len, partition.gap)))
+            gap.add_metric(place, total(partition.gap))
             if partition.partition in of_topic:
                 oldest.add_metric(place, of_topic[partition.partition])
     yield from (lag, gap, oldest)

@@ -13,7 +13,7 @@ told in this order: what is withdrawn, then failure by failure in order of their
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -21,7 +21,8 @@ from typing import Any
 
 import pandas as pd
 
-from sensor_pipeline.offsets import Batch, OffsetRange, PartitionBacklog, intersect, subtract, total
+from sensor_pipeline.offsets import Batch
+from sensor_pipeline.pace import Pace
 
 # What goes wrong is told in one line, and a webhook does not take any length.
 _MOST_CHARACTERS = 1_000
@@ -124,66 +125,30 @@ def batch_failed(
     return RunNotice(Kind.BATCH_FAILED, f"{lane or run_id} {error}".strip(), text, at, details)
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """What the batch log says of a topic: offsets done over some time, and messages rejected within the last hour.
-
-    `known_since` is when the pipeline met the topic.
-    """
-
-    known_since: datetime
-    done: int
-    rejected: int
-
-
-def falling_behind(
-    topic: str,
-    partitions: Sequence[PartitionBacklog],
-    then: Mapping[int, int],
-    throughput: Throughput,
-    after: timedelta,
-    now: datetime,
-) -> RunNotice | None:
-    """Whether messages have waited for longer than `after` in which no more were ingested than arrived.
-
-    So a long backlog that is being caught up is no falling behind, and neither is the time before a first batch. Gaps
-    are left out: they wait for a person.
-
-    Args:
-        topic: its name.
-        partitions: its backlog now.
-        then: for each partition its first offset that is not older than `after`.
-        throughput: what was done since then.
-        after: `ALERT_BEHIND_AFTER`.
-        now: the time.
-    """
-    if now - throughput.known_since < after:
-        return None
-    waiting = sum(total(_old_enough(p, then.get(p.partition, p.first))) for p in partitions)
-    arrived = sum(max(0, p.end - max(then.get(p.partition, p.first), p.first)) for p in partitions)
-    if not waiting or throughput.done > arrived:
-        return None
-    seconds = after.total_seconds()
-    lag = sum(p.lag for p in partitions)
+def falling_behind(topic: str, pace: Pace, now: datetime) -> RunNotice:
+    """A topic of which more waits than is ingested, by the rule of `Pace.falls_behind`."""
     text = (
-        f"Topic {topic} is falling behind: over {_span(after)} {arrived / seconds:,.1f} messages/s came in and "
-        f"{throughput.done / seconds:,.1f} were ingested; lag {lag:,}, of which {waiting:,} have waited for longer. "
-        "sensor-pipeline doctor and the ticks of backlog_sensor say why"
+        f"Topic {topic} is falling behind: over {_span(pace.within)} {pace}; lag {pace.lag:,}, of which "
+        f"{pace.waiting:,} have waited for longer. sensor-pipeline doctor and the ticks of backlog_sensor say why"
     )
-    details = {"topic": topic, "lag": lag, "waiting": waiting, "arrived": arrived, "ingested": throughput.done}
+    details = {
+        "topic": topic,
+        "lag": pace.lag,
+        "waiting": pace.waiting,
+        "arrived": pace.arrived,
+        "ingested": pace.ingested,
+    }
     return RunNotice(Kind.FALLING_BEHIND, topic, text, now, details)
 
 
-def rejected_over_limit(topic: str, throughput: Throughput, limit: int, now: datetime) -> RunNotice | None:
-    """Whether more of a topic's messages than `limit` were rejected within the last hour."""
-    if throughput.rejected <= limit:
-        return None
+def rejected_over_limit(topic: str, rejected: int, limit: int, now: datetime) -> RunNotice:
+    """More of a topic's messages than `limit` were rejected within `REJECTED_WITHIN`."""
     text = (
-        f"Topic {topic}: {throughput.rejected:,} messages were rejected within {_span(REJECTED_WITHIN)}, more than "
+        f"Topic {topic}: {rejected:,} messages were rejected within {_span(REJECTED_WITHIN)}, more than "
         f"ALERT_REJECTED={limit}. The reasons stand in rejected_messages (sensor-pipeline status counts them); mend "
         "the producer"
     )
-    details = {"topic": topic, "rejected": throughput.rejected, "limit": limit}
+    details = {"topic": topic, "rejected": rejected, "limit": limit}
     return RunNotice(Kind.REJECTED, topic, text, now, details)
 
 
@@ -253,11 +218,6 @@ def _sentence(kind: Kind, change: MachineChange) -> str:
         return f"Withdrawn: machine {name} did not fail {span}, by what is known now"
     still = "" if change.end is not None else ", and still fails"
     return f"Corrected: machine {name} failed {span}{still}"
-
-
-def _old_enough(partition: PartitionBacklog, then: int) -> list[OffsetRange]:
-    known = OffsetRange(partition.partition, partition.first, max(partition.first, then))
-    return subtract(intersect(partition.unread, [known]), partition.gap)
 
 
 def _cut(text: str) -> str:

@@ -1,53 +1,58 @@
-"""How fast readings come in and are ingested, from what is seen of a topic's offsets time and again."""
+"""Whether a topic falls behind: one rule, for what the ticks of `backlog_sensor` say and for what people are told."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
-# Batches come and go within seconds, so that a shorter look would see only their rhythm.
-_SHORTEST_SECONDS = 60
-_LONGEST_SECONDS = 180
-# Not behind: a lag that this many seconds of readings make, or a rate that is short by no more than noise.
-_TOLERATED_SECONDS = 30
-_TOLERATED_SHARE = 0.1
+from sensor_pipeline.offsets import OffsetRange, PartitionBacklog, intersect, subtract, total
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Offsets a second that came in and that were ingested, over some minutes, and how many are left."""
+    """A topic's offsets over the time `within` until now.
 
-    arriving: float
-    ingested: float
+    `arrived` came in and `ingested` were done; of the `lag`, which is all that is left, `waiting` came in before that.
+    """
+
+    within: timedelta
+    arrived: int
+    ingested: int
+    waiting: int
     lag: int
 
     @property
     def falls_behind(self) -> bool:
-        """Whether more comes in than is ingested, and what is left is more than batches leave in their rhythm."""
-        too_slow = self.ingested < (1 - _TOLERATED_SHARE) * self.arriving
-        return too_slow and self.lag > _TOLERATED_SECONDS * self.arriving
+        """Whether messages have waited for longer than `within`, in which no more were ingested than came in.
 
-
-class PaceWatch:
-    """Remembers what was seen over the last minutes."""
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, int, int]] = deque()
-
-    def see(self, now: float, end: int, lag: int) -> Pace | None:
-        """Note a topic's end offsets and what is left of them, both summed up over its partitions.
-
-        Args:
-            now: seconds by any clock that only goes forward.
-
-        Returns:
-            The pace since about three minutes ago; None as long as less than one minute was seen.
+        So a long backlog that is being caught up is no falling behind.
         """
-        self._seen.append((now, end, end - lag))
-        while len(self._seen) > 1 and now - self._seen[1][0] >= _LONGEST_SECONDS:
-            self._seen.popleft()
-        since, first_end, first_done = self._seen[0]
-        seconds = now - since
-        if seconds < _SHORTEST_SECONDS:
-            return None
-        return Pace((end - first_end) / seconds, (end - lag - first_done) / seconds, lag)
+        return self.waiting > 0 and self.ingested <= self.arrived
+
+    def __str__(self) -> str:
+        seconds = self.within.total_seconds()
+        return f"{self.arrived / seconds:,.1f} readings/s in, {self.ingested / seconds:,.1f} out"
+
+
+def measure(partitions: Sequence[PartitionBacklog], then: Mapping[int, int], ingested: int, within: timedelta) -> Pace:
+    """The pace of a topic. Gaps are left out of what waits: they wait for a person.
+
+    Args:
+        partitions: its backlog now.
+        then: for each partition its first offset that is not older than `within`.
+        ingested: offsets done since then.
+        within: how far to look back.
+    """
+    return Pace(
+        within=within,
+        arrived=sum(max(0, p.end - max(then.get(p.partition, p.first), p.first)) for p in partitions),
+        ingested=ingested,
+        waiting=sum(total(_old_enough(p, then.get(p.partition, p.first))) for p in partitions),
+        lag=sum(p.lag for p in partitions),
+    )
+
+
+def _old_enough(partition: PartitionBacklog, then: int) -> list[OffsetRange]:
+    known = OffsetRange(partition.partition, partition.first, max(partition.first, then))
+    return subtract(intersect(partition.unread, [known]), partition.gap)

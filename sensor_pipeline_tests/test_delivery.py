@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from threading import Event
 from typing import Any
 
@@ -24,7 +25,7 @@ from sensor_pipeline.errors import NoticeRefusedError, SensorPipelineError, Unav
 from sensor_pipeline.offsets import OffsetRange
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.settings import Settings
-from sensor_pipeline.webhook import Webhook
+from sensor_pipeline.webhook import Webhook, rest_asked
 from sensor_pipeline_tests.kafka.inspecting import query
 from sensor_pipeline_tests.oracle import connect
 from sensor_pipeline_tests.postgres.tables import dated, until
@@ -127,6 +128,57 @@ def test_a_webhook_that_is_down_loses_no_notice(database_settings: Settings) -> 
         assert deliver(database_settings, url).sent == 21
     assert receiver.by_machine() == wanted
     assert outcomes(database_settings) == {"sent": 24}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("as_date", [False, True])
+def test_a_webhook_that_asks_for_a_pause_is_left_alone_for_so_long(
+    database_settings: Settings, status: int, as_date: bool
+) -> None:
+    wanted = told(database_settings, machines=3, failures=1)
+    now = [1000.0]
+    with receiving() as receiver:
+        webhook = Webhook(receiver.url, clock=lambda: now[0])
+        tries = Delivery(Database(database_settings), webhook, lambda level, line: None)
+        asked = format_datetime(datetime.now(UTC) + timedelta(seconds=301), usegmt=True) if as_date else "300"
+        receiver.headers = {"Retry-After": asked}
+        receiver.answer = lambda body: status if len(receiver.got) == 1 else 200
+        assert f"HTTP {status}" in tries.run(60).trouble
+        # The notice itself waits for no less, whoever tries it next.
+        (left,) = query(
+            database_settings,
+            "SELECT extract(epoch FROM max(retry_at) - clock_timestamp())::float8 FROM notices WHERE attempts = 1",
+        )
+        assert 270 < left[0] <= 301
+        # The other machines' would be due at once.
+        time_passes(database_settings)
+        now[0] += 270
+        assert "asked for a pause, of which" in tries.run(60).trouble
+        assert len(receiver.got) == 1
+        now[0] += 31
+        assert tries.run(60).sent == 6
+        assert receiver.by_machine() == wanted
+
+
+def test_a_pause_that_is_asked_for_is_bounded_and_one_that_cannot_be_read_is_none() -> None:
+    now = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    asked = {
+        "": 0,
+        "0": 0,
+        " 120 ": 120,
+        "1" * 5000: 3600,
+        "1.5": 0,
+        "-1": 0,
+        "²": 0,
+        "soon": 0,
+        "Thu, 01 Jan 2026 12:02:00 GMT": 120,
+        "Thu, 01 Jan 2026 12:02:00 -0000": 120,
+        "Thu, 01 Jan 2026 11:00:00 GMT": 0,
+        "Fri, 31 Dec 9999 23:59:59 GMT": 3600,
+        "Thu, 99 Jan 2026 12:02:00 GMT": 0,
+        "Thu, 01 Jan 2026 12:02:00 +9999": 0,
+    }
+    assert {text: rest_asked(text, now).total_seconds() for text in asked} == asked
 
 
 def test_a_webhook_that_stalls_holds_up_a_round_for_no_longer_than_one_attempt(database_settings: Settings) -> None:

@@ -1,54 +1,35 @@
-"""Falling behind is told from the rhythm of batches."""
+"""What falling behind is."""
 
 from __future__ import annotations
 
-from itertools import accumulate
+from datetime import timedelta
 
-from sensor_pipeline.pace import Pace, PaceWatch
+from sensor_pipeline.offsets import OffsetRange, PartitionBacklog
+from sensor_pipeline.pace import measure
 
-
-def seen(arrivals: list[int], done: list[int], seconds: int = 5) -> Pace | None:
-    """What a watch says last, with so many offsets coming in and ingested between two looks."""
-    watch, pace = PaceWatch(), None
-    for at, (end, ingested) in enumerate(zip(accumulate(arrivals), accumulate(done), strict=True)):
-        pace = watch.see(float(at * seconds), end, end - ingested)
-    return pace
+QUARTER = timedelta(minutes=15)
 
 
-def test_nothing_is_said_before_a_minute_was_seen() -> None:
-    assert seen([5000] * 12, [0] * 12) is None
-    assert seen([5000] * 13, [0] * 13) is not None
+def partition(number: int, *, ingested: int, end: int, first: int = 0) -> PartitionBacklog:
+    return PartitionBacklog(
+        partition=number, first=first, end=end, ingested=(OffsetRange(number, 0, ingested),) if ingested else ()
+    )
 
 
-def test_a_lag_that_grows_is_falling_behind_and_by_how_much() -> None:
-    pace = seen([5000] * 60, [2500] * 60)
-    assert pace is not None
-    assert (pace.arriving, pace.ingested, pace.lag) == (1000, 500, 150_000)
-    assert pace.falls_behind
+def test_falling_behind_is_a_backlog_that_waits_while_no_more_is_ingested_than_comes_in() -> None:
+    def is_behind(done: int, then: int, *, ingested: int = 50, first: int = 0) -> bool:
+        backlog = [partition(0, ingested=ingested, end=200, first=first), partition(1, ingested=10, end=10)]
+        return measure(backlog, {0: then, 1: 10}, done, QUARTER).falls_behind
+
+    assert is_behind(done=0, then=200)
+    assert is_behind(done=100, then=100)
+    assert not is_behind(done=101, then=100), "it is being caught up"
+    assert not is_behind(done=0, then=50), "nothing has waited for so long"
+    assert not is_behind(done=0, then=200, first=200), "a gap waits for a person"
+    assert is_behind(done=0, then=199, first=190)
 
 
-def test_batches_that_come_in_their_rhythm_are_not() -> None:
-    pace = seen([5000] * 60, [0, 10_000] * 30)
-    assert pace is not None
-    assert not pace.falls_behind
-
-
-def test_a_backlog_that_shrinks_is_not() -> None:
-    pace = seen([1_000_000] + [5000] * 59, [7000] * 60)
-    assert pace is not None
-    assert not pace.falls_behind
-
-
-def test_only_the_last_minutes_count() -> None:
-    pace = seen([5000] * 60 + [0] * 60, [0] * 60 + [2500] * 60)
-    assert pace is not None
-    assert (pace.arriving, pace.ingested) == (0, 500)
-    assert not pace.falls_behind
-
-
-def test_a_clock_that_jumps_leaves_what_was_seen_last() -> None:
-    watch = PaceWatch()
-    watch.see(0.0, 0, 0)
-    pace = watch.see(10_000.0, 1_000_000, 0)
-    assert pace is not None
-    assert pace.arriving == 100
+def test_a_pace_says_how_much_comes_in_and_goes_out() -> None:
+    pace = measure([partition(0, ingested=100, end=3_000)], {0: 1_200}, 900, QUARTER)
+    assert (pace.arrived, pace.waiting, pace.lag) == (1_800, 1_100, 2_900)
+    assert str(pace) == "2.0 readings/s in, 1.0 out"

@@ -20,8 +20,9 @@ PACKAGE = ROOT / "sensor_pipeline"
 # From the ground up; a module may import those of the rows below its own, and of its own part.
 FLOORS = [
     ["errors", "collector", "tls"],
-    ["settings", "offsets", "pace", "rules", "failures", "fleet", "labelled_csv", "webhook"],
-    ["plain", "notices"],
+    ["settings", "offsets", "rules", "failures", "fleet", "labelled_csv", "webhook"],
+    ["plain", "pace"],
+    ["notices"],
     ["messages"],
     ["drained"],
     ["kafka", "postgres"],

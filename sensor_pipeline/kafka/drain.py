@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import compress
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 _CHUNK_MESSAGES = 2_000
 # How long the drain waits for a full chunk: a batch's last messages wait that long where offsets hold no record.
 _POLL_SECONDS = 0.1
+
+# Kafka takes any bytes for a header's name. On one that is not UTF-8 the client's C code (as of 2.16) sets an error and
+# nevertheless returns a list, with a hole in place of the name. CPython notices where it checks what a call returned,
+# as it does here, and raises SystemError. A call written as usual is not checked once the interpreter has specialized
+# it: then the list gets through, and to look at its hole ends the process.
+_ask_for_headers = methodcaller("headers")
+_UNREADABLE = "headers with a name that is not UTF-8"
 
 
 class Drain:
@@ -193,10 +200,11 @@ def _bytes(value: object) -> bytes | None:
 
 
 def _headers(message: Message) -> Headers:
+    """Of a rejected message, which alone is kept with them; where a name is not UTF-8 there is no safe way to any."""
     try:
-        pairs: list[tuple[str, object]] = list(message.headers() or [])  # type: ignore[arg-type]
+        pairs: list[tuple[str, object]] = _ask_for_headers(message) or []
     except (UnicodeDecodeError, SystemError):
-        # Kafka takes any bytes for a header's name. The client's C code fails on such as is not UTF-8, reports it
-        # wrongly (SystemError, as of 2.16), gives these headers in no other way, and may not be asked twice.
-        return [("headers with a name that is not UTF-8", None)]
+        # Otherwise whoever asks next is given the list with the hole.
+        message.set_headers([(_UNREADABLE, None)])
+        return [(_UNREADABLE, None)]
     return [(name, _bytes(value)) for name, value in pairs]

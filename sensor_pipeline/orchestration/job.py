@@ -141,7 +141,7 @@ def _left(context: OpExecutionContext, run: BatchRun) -> report.Left | None:
     pipeline = run.pipeline
     try:
         backlog = read_backlog(pipeline.settings, pipeline.kafka, pipeline.database, run.batch.topic)
-        return report.Left(backlog.lag, oldest_unread(pipeline.kafka, backlog))
+        return report.Left(backlog.lag, min(oldest_unread(pipeline.kafka, backlog).values(), default=None))
     except SensorPipelineError as error:
         context.log.warning(f"what is left of topic {run.batch.topic} is not known: {error}")
         return None

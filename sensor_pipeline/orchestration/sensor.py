@@ -1,8 +1,7 @@
 """`backlog_sensor`: looks at offsets and launches batches. It never consumes, commits or carries a message."""
 
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -35,9 +34,9 @@ from sensor_pipeline.offsets import (
     total,
 )
 from sensor_pipeline.orchestration import config, tags
-from sensor_pipeline.pace import PaceWatch
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.settings import BATCHES_IN_FLIGHT, BATCHES_PLANNED, Settings
+from sensor_pipeline.watch import read_pace
 
 _IN_FLIGHT = [
     DagsterRunStatus.NOT_STARTED,
@@ -64,14 +63,11 @@ class Runs:
     failed: Sequence[tuple[Batch, datetime]]
 
 
-def build_sensor(
-    settings: Settings, job: JobDefinition, *, clock: Callable[[], float] = time.monotonic
-) -> SensorDefinition:
-    """The sensor with these settings; it is on from the start. `clock` gives seconds that only go forward."""
+def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
+    """The sensor with these settings; it is on from the start."""
     kafka = Kafka(settings, timeout=_KAFKA_SECONDS)
     database = Database(settings)
     mirror = MirrorWatch(kafka)
-    paces: dict[str, PaceWatch] = defaultdict(PaceWatch)
 
     @sensor(
         name="backlog_sensor",
@@ -89,13 +85,14 @@ def build_sensor(
             try:
                 backlog = read_backlog(settings, kafka, database, name, register=True)
                 planned, sentence = _plan_topic(settings, backlog, runs, mirror)
+                pace = read_pace(settings, kafka, database, backlog)
             except SensorPipelineError as error:
                 # The other topics go on, and one line says what is wrong instead of a traceback.
                 said.append(str(error))
                 context.log.error(str(error))
             else:
                 requests += planned
-                said += [sentence, *_pace(paces[backlog.topic.kafka_topic_id], clock(), backlog)]
+                said += [sentence, *([f"falling behind: {pace}"] if pace and pace.falls_behind else [])]
         if settings.is_slow:
             said.append(settings.capacity_note())
         # A tick that launches has no reason to show, but each one's cursor is shown, and nothing else is kept in it.
@@ -104,13 +101,6 @@ def build_sensor(
         return SensorResult(requests, None if requests else SkipReason(reason), cursor=reason)
 
     return backlog_sensor
-
-
-def _pace(watch: PaceWatch, now: float, backlog: TopicBacklog) -> list[str]:
-    pace = watch.see(now, sum(p.end for p in backlog.partitions), backlog.lag)
-    if pace is None or not pace.falls_behind:
-        return []
-    return [f"falling behind: {pace.arriving:,.0f} readings/s in, {pace.ingested:,.0f} out"]
 
 
 def read_runs(instance: DagsterInstance, job_name: str) -> Runs:

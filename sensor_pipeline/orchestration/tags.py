@@ -10,10 +10,12 @@ TOPIC = "topic"
 RANGES = "ranges"
 MACHINES = "machines"
 OUTCOME = "outcome"
+# Dagster's own: seconds after which a run is given up, in place of dagster.yaml's max_runtime_seconds.
+MAX_RUNTIME = "dagster/max_runtime"
 
 # A batch takes seconds, and dagster.yaml's max_runtime_seconds is made for that. Jobs with these tags may take hours,
 # and hold up nothing that would have to be freed.
-MAY_TAKE_HOURS = {"dagster/max_runtime": "86400"}
+MAY_TAKE_HOURS = {MAX_RUNTIME: "86400"}
 
 _CHARACTERS = 200
 

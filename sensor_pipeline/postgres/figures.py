@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import sqlalchemy as sa
 
-from sensor_pipeline.notices import REJECTED_WITHIN, Throughput
 from sensor_pipeline.postgres.failure_rows import UTC_MICROSECONDS, to_frame
 
 _TOTALS = sa.text("""
@@ -50,15 +49,15 @@ _LAST_BATCHES = sa.text("""
 """)
 # Messages are counted as done with the batch that brought them.
 _THROUGHPUT = sa.text("""
-    SELECT first_seen AS known_since, done.offsets AS done, done.rejected
-    FROM topics, LATERAL (
-        SELECT coalesce(sum(inserted + rejected + no_record) FILTER (WHERE age < CAST(:within AS interval)), 0)::bigint
-                   AS offsets,
-               coalesce(sum(rejected) FILTER (WHERE age < CAST(:rejected_within AS interval)), 0)::bigint AS rejected
-        FROM batches, LATERAL (SELECT statement_timestamp() - committed_at AS age) AS ago
-        WHERE topic_id = topics.id AND committed_at > statement_timestamp() - CAST(:longer AS interval)
+    SELECT statement_timestamp() - first_seen AS known_for, (
+        SELECT coalesce(sum(inserted + rejected + no_record), 0)::bigint FROM batches
+        WHERE topic_id = topics.id AND committed_at > statement_timestamp() - CAST(:within AS interval)
     ) AS done
-    WHERE kafka_topic_id = :kafka_topic_id
+    FROM topics WHERE kafka_topic_id = :kafka_topic_id
+""")
+_REJECTED_WITHIN = sa.text("""
+    SELECT coalesce(sum(rejected), 0)::bigint FROM batches JOIN topics ON topics.id = topic_id
+    WHERE kafka_topic_id = :kafka_topic_id AND committed_at > statement_timestamp() - CAST(:within AS interval)
 """)
 
 
@@ -119,8 +118,21 @@ def failures_between(connection: sa.Connection, since: datetime, until: datetime
     return to_frame(rows, {"machine": "object", "start": UTC_MICROSECONDS, "end": UTC_MICROSECONDS})
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """For how long a topic is known, and how many of its offsets were done within some time, by the batch log."""
+
+    known_for: timedelta
+    done: int
+
+
 def read_throughput(connection: sa.Connection, kafka_topic_id: str, within: timedelta) -> Throughput | None:
-    """What was done of a topic within some time, by the batch log; None where the pipeline does not know it yet."""
-    spans = {"within": within, "rejected_within": REJECTED_WITHIN, "longer": max(within, REJECTED_WITHIN)}
-    row = connection.execute(_THROUGHPUT, {"kafka_topic_id": kafka_topic_id, **spans}).one_or_none()
+    """A topic's throughput until now; None where the pipeline does not know it yet."""
+    row = connection.execute(_THROUGHPUT, {"kafka_topic_id": kafka_topic_id, "within": within}).one_or_none()
     return None if row is None else Throughput(**row._mapping)
+
+
+def rejected_within(connection: sa.Connection, kafka_topic_id: str, within: timedelta) -> int:
+    """How many messages of a topic were rejected within some time until now, by the batch log."""
+    arguments = {"kafka_topic_id": kafka_topic_id, "within": within}
+    return int(connection.execute(_REJECTED_WITHIN, arguments).scalar_one())

@@ -34,8 +34,8 @@ class _Part(ctypes.Structure):
     _fields_: ClassVar = [("kind", ctypes.c_int), ("content", _Content)]
 
 
-def send_with_header(servers: str, topic: str, partition: int, value: bytes, name: bytes) -> None:
-    """Publish one message with a header of this name, and wait until the broker has it."""
+def send_with_header(servers: str, topic: str, partition: int, value: bytes, name: bytes, times: int) -> None:
+    """Publish a message with a header of this name so many times, and wait until the broker has them."""
     library = _librdkafka()
     said = ctypes.create_string_buffer(512)
     settings = ctypes.c_void_p(library.rd_kafka_conf_new())
@@ -48,8 +48,8 @@ def send_with_header(servers: str, topic: str, partition: int, value: bytes, nam
         _Part(_VALUE, _Content(bytes=_Bytes(value, len(value)))),
         _Part(_HEADER, _Content(header=_Header(name, b"value", 5))),
     )
-    error = library.rd_kafka_produceva(producer, parts, ctypes.c_size_t(len(parts)))
-    assert error is None
+    for _ in range(times):
+        assert library.rd_kafka_produceva(producer, parts, ctypes.c_size_t(len(parts))) is None
     assert library.rd_kafka_flush(producer, 30_000) == 0
     library.rd_kafka_destroy(producer)
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import pytest
+from click.testing import CliRunner, Result
 
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.catch_up import CatchUp
+from sensor_pipeline.cli import main
 from sensor_pipeline.drained import Drained
+from sensor_pipeline.embedded import ports
 from sensor_pipeline.errors import DataError, UnavailableError
 from sensor_pipeline.offsets import Batch
 from sensor_pipeline.postgres.transaction import Written
 from sensor_pipeline.settings import Settings, StartFrom
 from sensor_pipeline_tests.kafka.inspecting import accepted_gaps, backlog, batch, catch_up, check_rows, query
-from sensor_pipeline_tests.kafka.producing import Publisher, delete_records, group_offsets
+from sensor_pipeline_tests.kafka.producing import Publisher, delete_records, group_offsets, reading
+from sensor_pipeline_tests.oracle import connect
+from sensor_pipeline_tests.orchestration.jobs import environment_of
+from sensor_pipeline_tests.receivers import TOKEN, receiving
 
 
 def eventful_topic(settings: Settings) -> Publisher:
@@ -213,3 +221,46 @@ def test_failures_of_long_ago_do_not_count_against_a_partition(
     monkeypatch.setattr(pipeline, "drain", every_other_time)
     catch_up(pipeline)
     check_rows(settings, publisher.published)
+
+
+def by_command(settings: Settings, url: str) -> Result:
+    """`sensor-pipeline catch-up` in a folder where no stack runs."""
+    env = environment_of(settings) | {"ALERT_WEBHOOK_URL": url, "ALERT_MAX_AGE": "3650 days"}
+    with TemporaryDirectory() as folder, chdir(folder):
+        return CliRunner().invoke(main, ["catch-up"], env=env)
+
+
+def test_the_command_delivers_what_its_batches_found_also_where_a_partition_cannot_be_ingested(
+    settings: Settings, pipeline: Pipeline
+) -> None:
+    publisher = Publisher(settings)
+    publisher.readings({1: 4})
+    backlog(pipeline)  # from here on the topic is known
+    delete_records(settings, publisher.topic, {1: 2})
+    for second, failing in enumerate((True, False)):
+        publisher.send(0, reading("m", second, failing=failing))
+    with receiving() as receiver:
+        done = by_command(settings, receiver.url)
+        assert [kind for kind, _ in receiver.by_machine()["m"]] == ["failure_started", "failure_ended"]
+    assert done.exit_code == 1
+    assert "Kafka no longer has" in done.stderr
+    assert "notices: 2 sent" in done.stderr
+    assert TOKEN not in done.output
+
+
+def test_a_webhook_that_is_down_is_said_in_one_line_and_fails_no_catch_up(settings: Settings) -> None:
+    publisher = Publisher(settings)
+    for second, failing in enumerate((True, False)):
+        publisher.send(0, reading("m", second, failing=failing))
+    done = by_command(settings, f"http://127.0.0.1:{ports.any_free()}/")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("2 readings inserted in 1 batches")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("notices: the webhook did not answer (ConnectionError)")
+    assert query(settings, "SELECT count(*) FROM notices WHERE outcome IS NULL") == [(2,)]
+    # The next time there is nothing to ingest, and what waits is delivered.
+    with connect(settings).begin() as connection:
+        connection.exec_driver_sql("UPDATE notices SET retry_at = found_at")
+    with receiving() as receiver:
+        assert "notices: 2 sent" in by_command(settings, receiver.url).stderr
+        assert len(receiver.got) == 2

@@ -172,16 +172,21 @@ def test_a_partition_that_the_topic_does_not_have_is_named(pipeline: Pipeline) -
 
 
 def test_a_header_with_a_name_that_is_not_utf_8_does_not_stop_a_batch(pipeline: Pipeline) -> None:
+    """Not many of them either: once the interpreter had specialized the call, the client's broken list got through."""
     settings = pipeline.settings
     publisher = Publisher(settings)
     publisher.readings({0: 2})
-    for value, bad in ((b"poison", "not_json"), (reading("m", 1), None)):
-        send_with_header(settings.kafka_bootstrap_servers, publisher.topic, 0, value, b"\xff\xfename")
-        publisher.published.append(Published(publisher.topic, publisher.topic_id, 0, 2 + (bad is None), value, bad=bad))
+    for value, times in ((b"poison", 100), (reading("m", 1), 1)):
+        send_with_header(settings.kafka_bootstrap_servers, publisher.topic, 0, value, b"\xff\xfename", times)
+        bad = "not_json" if value == b"poison" else None
+        offset = len(publisher.published)
+        publisher.published += [
+            Published(publisher.topic, publisher.topic_id, 0, offset + at, value, bad=bad) for at in range(times)
+        ]
     publisher.readings({0: 1})
 
     catch_up(pipeline)
 
     check_rows(settings, publisher.published)
     kept = [{"key": "headers with a name that is not UTF-8", "value": None}]
-    assert query(settings, "SELECT headers FROM rejected_messages") == [(kept,)]
+    assert query(settings, "SELECT DISTINCT headers FROM rejected_messages") == [(kept,)]

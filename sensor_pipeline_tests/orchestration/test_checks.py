@@ -11,7 +11,7 @@ from dagster import AssetCheckEvaluation, AssetCheckSeverity, AssetSelection, De
 
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.orchestration.assets import build_assets, materializations
-from sensor_pipeline.orchestration.checks import build_checks
+from sensor_pipeline.orchestration.checks import build_checks, build_schedule
 from sensor_pipeline.postgres.figures import Rows
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.oracle import connect
@@ -115,3 +115,9 @@ def test_a_kafka_that_is_away_fails_one_check_with_one_line_and_the_others_are_a
     assert "this could not be asked: " in (fresh.description or "")
     assert "KAFKA_BOOTSTRAP_SERVERS" in (fresh.description or "")
     assert all(check.passed for check in found.values())
+
+
+def test_the_checks_may_take_longer_than_a_batch() -> None:
+    """They read all failures, and a run that is given up says nothing of the data."""
+    job = build_schedule(build_checks(Settings())).job
+    assert int(job.tags["dagster/max_runtime"]) > 300

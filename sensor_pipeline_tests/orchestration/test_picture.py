@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 
 import pandas as pd
 import pytest
-from dagster import DagsterInstance
+from dagster import AssetKey, DagsterInstance
 
 from sensor_pipeline import timeline
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.orchestration import picture
-from sensor_pipeline.orchestration.assets import FAILURES
+from sensor_pipeline.orchestration.assets import FAILURES, HEALTH
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.orchestration.test_job import publish_some, whole_backlog
 
@@ -49,12 +49,13 @@ def test_any_failures_can_be_drawn(rows: pd.DataFrame) -> None:
     assert timeline.draw(rows, NOW, SPANS).startswith(PNG)
 
 
-def test_the_picture_is_an_observation_of_the_failures_in_markdown(settings: Settings, pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("asset", [FAILURES, HEALTH], ids=str)
+def test_the_picture_is_an_observation_in_markdown(settings: Settings, pipeline: Pipeline, asset: AssetKey) -> None:
     publish_some(settings)
     pipeline.run(whole_backlog(pipeline))
     with DagsterInstance.ephemeral() as instance:
         assert picture.build_job(settings).execute_in_process(instance=instance).success
-        records = instance.fetch_observations(FAILURES, limit=10).records
+        records = instance.fetch_observations(asset, limit=10).records
     assert len(records) == 1
     event = records[0].asset_event
     assert event is not None
