@@ -469,7 +469,7 @@ def test_a_topic_of_64_partitions_in_16_lanes_is_planned_fairly_and_the_oldest_u
         batch_size=batch_size,
         in_flight_limit=2,
         planned_limit=4,
-        in_flight={lane: busy for lane in range(0, 16, 2)},
+        in_flight=dict.fromkeys(range(0, 16, 2), busy),
         now=NOW,
     ).batches
 
@@ -480,7 +480,7 @@ def test_a_topic_of_64_partitions_in_16_lanes_is_planned_fairly_and_the_oldest_u
         mine = [batch for batch in planned if batch.lane == lane]
         left = sum(ends[lane::16])
         free_slots = 2 - (busy if lane % 2 == 0 else 0)
-        assert bool(mine) == bool(left and free_slots > 0 or left >= batch_size)
+        assert bool(mine) == bool((left and free_slots > 0) or left >= batch_size)
         if not mine:
             continue
         assert total(mine[0].ranges) == min(batch_size, left)

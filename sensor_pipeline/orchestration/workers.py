@@ -1,7 +1,7 @@
 """Runs on other hosts: the launcher that hands them to Celery workers through Redis, and what such a worker is.
 
-Redis holds nothing that would be missed: a run whose message it lost is given up by run monitoring and its batch planned
-again, as the ledger says.
+Redis holds nothing that would be missed: a run whose message it lost is given up by run monitoring, and its batch is
+planned again from the ledger.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dagster._serdes import ConfigurableClassData, pack_value
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.tasks import create_execute_job_task
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from sensor_pipeline.errors import ConfigurationError, UnavailableError
 
@@ -206,7 +207,8 @@ class WorkersLauncher(CeleryRunLauncher):
     def _asking(self) -> Iterator[None]:
         try:
             yield
-        except OperationalError as error:
+        # The second where a connection breaks that was kept.
+        except (OperationalError, RedisError) as error:
             raise UnavailableError(
                 f"Redis at {self.place} does not answer: {error}; check that it runs, and CELERY_BROKER_URL"
             ) from error

@@ -249,11 +249,11 @@ def test_the_block_for_workers_adds_a_launcher_to_the_shipped_settings_and_chang
     assert not any("Redis" in sentence for sentence in find_wrong(site.instance))
 
 
-@pytest.mark.parametrize("broker", ["", "amqp://guest@somewhere//", "redis:/secret"])
-def test_an_address_that_is_not_one_of_redis_is_refused_without_being_said(broker: str) -> None:
+@pytest.mark.parametrize("address", ["", "amqp://guest@somewhere//", "redis:/secret"])
+def test_an_address_that_is_not_one_of_redis_is_refused_without_being_said(address: str) -> None:
     with pytest.raises(ConfigurationError, match="CELERY_BROKER_URL must be an address such as") as refused:
-        WorkersLauncher(broker, LOST_AFTER)
-    assert not broker or broker not in str(refused.value)
+        WorkersLauncher(address, LOST_AFTER)
+    assert not address or address not in str(refused.value)
 
 
 def test_a_worker_is_refused_where_it_would_get_no_run(settings: Settings, tmp_path: Path) -> None:
