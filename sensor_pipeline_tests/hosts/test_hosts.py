@@ -37,7 +37,7 @@ LANES = 4
 # A run whose worker is lost: seen to be missing, given up at a look after that, and its session by the server, which
 # database.py tells to wait no longer than a minute for a client; then the sensor's first pause, and a batch. Start
 # is what `Deployment` sets as start_timeout_seconds, for what a Redis has forgotten.
-LOST, SESSION, START, PAUSE, BATCH = LOST_AFTER, 60, 30, 10, 60
+LOST, SESSION, START, PAUSE, BATCH = LOST_AFTER, 60, 30, 10, 120
 
 _MEANWHILE = """
     SELECT count(*) FROM pg_stat_activity
@@ -100,7 +100,7 @@ def site(network: Network, server_folder: Path) -> Iterator[Settings]:
         postgres_host=ports.LOOPBACK,
         postgres_port=ports.any_free(),
         lanes=LANES,
-        batch_size=150,
+        batch_size=500,
         kafka_bootstrap_servers=f"{ports.LOOPBACK}:{ports.any_free()}",
     )
     with postgres_of(settings, server_folder / "postgres-of-hosts") as postgres:
@@ -152,6 +152,7 @@ def test_runs_are_spread_over_two_hosts_and_whatever_fails_there_the_rows_are_th
 
     with deployed(site, tmp_path / "dagster", max_runtime=120, broker=redis.url) as deployment:
         workers = Workers(network, deployment)
+        deployment.patience_seconds = 600
 
         def until_done(what: str, at_most: float, release: Callable[[], None] | None = None) -> None:
             started = time.monotonic()
@@ -172,6 +173,7 @@ def test_runs_are_spread_over_two_hosts_and_whatever_fails_there_the_rows_are_th
         try:
             for worker in WORKERS:
                 workers.start(worker)
+            publish()
             publish()
             deployment.wait_for("no lag at first", lambda: not lag(site))
             lanes_of = dict(tuple(row) for row in query(deployment.dagster, _LANES))

@@ -26,7 +26,7 @@ _SHORTER = {
     "poll_interval_seconds: 30": "poll_interval_seconds: 1",
     "start_timeout_seconds: 120": "start_timeout_seconds: 30",
 }
-LOST_AFTER = 10
+LOST_AFTER = 15
 _SHORTER_OF_WORKERS = {"lost_after_seconds: 60": f"lost_after_seconds: {LOST_AFTER}"}
 
 # The code server says under which process id it has started a run.
@@ -38,6 +38,9 @@ _BATCH_PIDS = r"""
 
 class Deployment:
     """Dagster's processes. Whatever was killed is started again by `tend`, and nothing else is done for it."""
+
+    # How long `wait_for` does.
+    patience_seconds = DEADLINE_SECONDS
 
     def __init__(self, settings: Settings, home: Path, max_runtime: int, broker: str | None = None) -> None:
         self.settings = settings
@@ -78,7 +81,7 @@ class Deployment:
 
     def wait_for(self, what: str, found: Callable[[], Any]) -> Any:
         """Tend it until there is what is looked for."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + self.patience_seconds
         while not (result := found()):
             self.tend()
             assert time.monotonic() < deadline, f"never: {what}\nruns: {self.runs()}\n{self._logs()}"
