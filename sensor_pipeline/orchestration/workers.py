@@ -73,8 +73,8 @@ class WorkersLauncher(CeleryRunLauncher):
     """`CeleryRunLauncher`, but it asks the workers what they execute, and a run's task has the run's own id.
 
     Dagster's asks a result backend: there a task whose host died is `STARTED` for ever, and one that a restarted Redis
-    has forgotten counts as failed while it runs. It also tags a run with its task's id after handing it out, when a warm
-    worker may have started it, and what that writes of the run can take the tag away again.
+    has forgotten counts as failed while it runs. It also tags a run with its task's id after handing it out, when a
+    warm worker may have started it, and what that writes of the run can take the tag away again.
 
     Args:
         broker: the address of Redis. A secret.
