@@ -11,7 +11,7 @@ EVERY_SECONDS = 5
 _RUNS_A_PIECE = 1_440
 _DAY = 86_400
 # What dagster.yaml keeps of a sensor's ticks.
-_SUCCEEDED_DAYS, _SKIPPED_DAYS = 7, 1
+_TICKS_KEPT_DAYS = 1
 
 _TEMPLATES = """
     CREATE TABLE past_runs AS
@@ -55,7 +55,7 @@ _TICKS = """
         SELECT job_origin_id, selector_id, status, type, p.at, regexp_replace(regexp_replace(tick_body,
                 '"timestamp": [0-9.]+', '"timestamp": ' || extract(epoch FROM p.at)),
                 '"end_timestamp": [0-9.]+', '"end_timestamp": ' || extract(epoch FROM p.at) + 0.3), p.at, p.at
-        FROM past_piece AS p CROSS JOIN past_ticks AS t WHERE t.status = ANY (%s) ORDER BY n
+        FROM past_piece AS p CROSS JOIN past_ticks AS t ORDER BY n
 """
 
 
@@ -76,10 +76,8 @@ def add(up: Up, days: float, until: float, say: Callable[[str], None]) -> int:
         at = start + first * EVERY_SECONDS
         runs = min(_RUNS_A_PIECE, total - first)
         up.ask(_PIECE, {"start": at, "every": EVERY_SECONDS, "runs": runs})
-        age = (time.time() - at) / _DAY
-        kept = [s for s, most in (("SUCCESS", _SUCCEEDED_DAYS), ("SKIPPED", _SKIPPED_DAYS)) if age < most]
-        if kept:
-            up.ask(_TICKS, [kept])
+        if time.time() - at < _TICKS_KEPT_DAYS * _DAY:
+            up.ask(_TICKS)
         say(f"month: {first + runs:,} of {total:,} runs of the past")
     up.ask("VACUUM ANALYZE")
     return total

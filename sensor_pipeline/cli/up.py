@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 2.0
 # While nothing changes: to ask what is shown is a tenth of what an idle stack costs, otherwise.
-QUIET_LINE_SECONDS = 10.0
+QUIET_LINE_SECONDS = 30.0
 WATCH_SECONDS = 0.5
 
 

@@ -27,8 +27,8 @@ _KEPT: dict[str, Any] = {
     # It would ask each new connection for a type that Dagster has no use for.
     "use_native_hstore": False,
 }
-# Of this process, by address: its instances and their three storages share the connections.
-_engines: dict[str, Any] = {}
+# Of this process, by address: its instances and their three storages share the connections, and what is known.
+_shared: dict[str, tuple[Any, set[str]]] = {}
 _lock = Lock()
 
 
@@ -43,34 +43,40 @@ class KeptConnections(DagsterPostgresStorage):
         url = pg_url_from_config(config_value)
         token_provider = get_token_provider_from_config(config_value)
         with _lock:
-            known = _engines.get(url)
+            known = url in _shared
             storage = cls(
                 inst_data=inst_data,
                 postgres_url=url,
                 # Looked for once: to look takes three connections.
-                should_autocreate_tables=known is None and config_value.get("should_autocreate_tables", True),
+                should_autocreate_tables=not known and config_value.get("should_autocreate_tables", True),
                 token_provider=token_provider,
             )
-            engine = known or create_pg_engine(url, token_provider, **_KEPT)
+            engine, true = _shared[url] if known else (create_pg_engine(url, token_provider, **_KEPT), set())
             # Whose tokens are whose is not for this module to know.
             if token_provider is None:
-                _engines[url] = engine
-        parts: list[Any] = [storage.run_storage, storage.event_log_storage, storage.schedule_storage]
-        for part in parts:
-            part._engine = engine
+                _shared[url] = engine, true
+        runs: Any = storage.run_storage
+        events: Any = storage.event_log_storage
         schedules: Any = storage.schedule_storage
-        schedules._has_instigators_table = _until_true(schedules._has_instigators_table)
-        schedules.has_built_index = _until_true(schedules.has_built_index)
+        for part in (runs, events, schedules):
+            part._engine = engine
+        for part, name in (
+            (runs, "has_run_stats_index_cols"),
+            (runs, "has_backfill_id_column"),
+            (schedules, "_has_instigators_table"),
+            (schedules, "has_built_index"),
+        ):
+            setattr(part, name, _until_true(getattr(part, name), name, true))
         return storage
 
 
-def _until_true(ask: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Dagster lists the database's tables a dozen times a tick, for what only older releases lacked."""
-    true: set[str] = set()
+def _until_true(ask: Callable[..., bool], question: str, true: set[str]) -> Callable[..., bool]:
+    """Dagster lists tables and columns a dozen times a tick, to find what only the databases of old releases lack."""
 
-    def answer(of: Any) -> bool:
-        name = of if isinstance(of, str) else ""  # a migration's name, or the connection to ask on
-        if name not in true and ask(of):
+    def answer(*about: Any) -> bool:
+        # About a migration of this name; anything else is the connection to ask on.
+        name = " ".join([question, *(of for of in about if isinstance(of, str))])
+        if name not in true and ask(*about):
             true.add(name)
         return name in true
 
