@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sensor_pipeline.bench import costs, deployed, throughput
+from sensor_pipeline.bench import costs, deployed, throughput, upkeep
 from sensor_pipeline.bench.measured import Measured
 from sensor_pipeline.bench.rounds import Effort
 from sensor_pipeline.bench.site import Site
@@ -26,5 +26,10 @@ FIGURES: dict[str, Callable[[Site, Effort], Sequence[Measured]]] = {
     "machines": costs.machines,
     "table": costs.table,
     "batch-sizes": costs.batch_sizes,
+    "idle": upkeep.idle,
+    "resident": upkeep.resident,
+    "month": upkeep.month,
 }
+# Of days and not of speed: measured where they are named.
+NAMED_ONLY = ("idle", "resident", "month")
 QUICK = ("throughput", "one-by-one")

@@ -15,13 +15,15 @@ import click
 from sensor_pipeline.embedded import check_installed
 from sensor_pipeline.embedded.stack_file import DATA_DIR
 from sensor_pipeline.errors import ConfigurationError, SensorPipelineError
-from sensor_pipeline.settings import Settings
 
 if TYPE_CHECKING:
+    from sensor_pipeline.batch import Pipeline
     from sensor_pipeline.embedded.screen import PlainScreen
     from sensor_pipeline.embedded.stack import Stack
 
 LINE_SECONDS = 2.0
+# While nothing changes: to ask what is shown is a tenth of what an idle stack costs, otherwise.
+QUIET_LINE_SECONDS = 30.0
 WATCH_SECONDS = 0.5
 
 
@@ -115,31 +117,43 @@ def _greet(stack: Stack, screen: PlainScreen) -> None:
 
 def _watch(stack: Stack, screen: PlainScreen, interrupts: Interrupts) -> None:
     """Keep the stack running and the line up to date until a signal comes."""
+    from sensor_pipeline.batch import Pipeline
+
     supervisor = stack.supervisor()
-    settings = stack.settings
-    next_line = 0.0
+    pipeline = Pipeline(stack.settings)
+    totals: tuple[int, ...] = ()
+    next_line, pause = 0.0, LINE_SECONDS
     while not interrupts.received:
         for note in supervisor.watch(time.monotonic()):
             screen.say(note)
         if time.monotonic() >= next_line:
-            screen.update(_line(settings))
-            next_line = time.monotonic() + LINE_SECONDS
+            before = totals
+            line, totals = _line(pipeline)
+            screen.update(line)
+            pause = min(2 * pause, QUIET_LINE_SECONDS) if totals == before else LINE_SECONDS
+            next_line = time.monotonic() + pause
         time.sleep(WATCH_SECONDS)
 
 
-def _line(settings: Settings) -> str:
-    from sensor_pipeline.cli.status import snapshot
+def _line(pipeline: Pipeline) -> tuple[str, tuple[int, ...]]:
+    """The state in one line, and its totals; none where they cannot be had."""
+    from sensor_pipeline.backlog import read_backlog
+    from sensor_pipeline.postgres.figures import read_figures
 
+    settings, kafka, database = pipeline.settings, pipeline.kafka, pipeline.database
     try:
-        now = snapshot(settings)
+        lag = sum(read_backlog(settings, kafka, database, name).lag for name in settings.kafka_topics)
+        with database.begin() as connection:
+            now = read_figures(connection, last_batches=1)
     except SensorPipelineError as error:
-        return str(error)
+        return str(error), ()
     commits: list[datetime] = [batch["committed_at"] for batch in now.last_batches]
     last = f"{(datetime.now(UTC) - max(commits)).total_seconds():.0f} s ago" if commits else "none yet"
-    return (
-        f"readings {now.readings:,} · lag {now.lag:,} · machines {now.machines:,} · failures {now.failures:,} "
+    line = (
+        f"readings {now.readings:,} · lag {lag:,} · machines {now.machines:,} · failures {now.failures:,} "
         f"({now.active_failures:,} active) · rejected {now.rejected:,} · last batch {last}"
     )
+    return line, (now.readings, lag, now.machines, now.failures, now.active_failures, now.rejected)
 
 
 def _leave_terminal() -> None:

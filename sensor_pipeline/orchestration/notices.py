@@ -3,6 +3,8 @@
 Neither launches anything, and both run in the code server, away from the batches.
 """
 
+import math
+import time
 from datetime import UTC, datetime, timedelta
 from logging import ERROR, INFO
 
@@ -35,6 +37,8 @@ from sensor_pipeline.webhook import Webhook
 # A tick has 60 s, and one attempt may still be under way when these are over.
 DELIVERY_SECONDS = 20.0
 _DELIVERY_INTERVAL_SECONDS = 10
+# Once nothing is left that is too old, it is looked for again after so long.
+_DELETE_SECONDS = 3600.0
 _RUN_INTERVAL_SECONDS = 30
 _KAFKA_SECONDS = 5
 # More failed runs than these are told by the next ticks.
@@ -45,6 +49,7 @@ def build_notice_sensor(settings: Settings) -> SensorDefinition:
     """`notice_sensor` with these settings: delivers what is in the outbox; on from the start."""
     database = Database(settings)
     webhook = Webhook(settings.alert_webhook_url) if settings.alert_webhook_url else None
+    next_delete = -math.inf
 
     @sensor(
         name="notice_sensor",
@@ -53,9 +58,11 @@ def build_notice_sensor(settings: Settings) -> SensorDefinition:
         description="Delivers notices from the outbox to ALERT_WEBHOOK_URL and to the log. Launches nothing.",
     )
     def notice_sensor(context: SensorEvaluationContext) -> SkipReason:
+        nonlocal next_delete
         delivery = Delivery(database, webhook, context.log.log)
         delivered = delivery.run(DELIVERY_SECONDS)
-        delivery.delete_old(timedelta(days=settings.notices_kept_days))
+        if time.monotonic() >= next_delete and not delivery.delete_old(timedelta(days=settings.notices_kept_days)):
+            next_delete = time.monotonic() + _DELETE_SECONDS
         return SkipReason(str(delivered))
 
     return notice_sensor

@@ -1,15 +1,17 @@
 """Dagster's storage in PostgreSQL, on connections that are kept; dagster.yaml names it.
 
 A run reads and writes its events some 110 times. Dagster's own class connects anew each time, at 8 ms of CPU on the two
-sides together: under a backlog that was a sixth of all the CPU there is.
+sides together: under a backlog that was a sixth of all the CPU there is. With nothing to ingest, connections were a
+quarter of what the stack costs: each tick has an instance of its own, and the daemon asks from several threads.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres.storage import DagsterPostgresStorage
@@ -18,19 +20,25 @@ from dagster_postgres.utils import create_pg_engine, get_token_provider_from_con
 from sensor_pipeline.errors import ConfigurationError
 from sensor_pipeline.settings import Settings, with_secrets
 
-# Each of the three storages keeps one; what threads need beside it is closed after use. A connection that was lost, as
-# by a restart of the server, is seen before it is used.
+# What threads need beside these is closed after use. A connection that was lost, as by a restart of the server, is seen
+# before it is used.
 _KEPT: dict[str, Any] = {
     "isolation_level": "AUTOCOMMIT",
-    "pool_size": 1,
+    "pool_size": 4,
     "max_overflow": -1,
+    "pool_use_lifo": True,
     "pool_pre_ping": True,
     "pool_recycle": 300,
+    # It would ask each new connection for a type that Dagster has no use for.
+    "use_native_hstore": False,
 }
-
+# By process and address: a process's instances and their three storages share the connections, and what is known. One
+# that was forked, such as a worker's, must not share those of its parent.
+_shared: dict[tuple[int, str], tuple[Any, set[str]]] = {}
+_lock = Lock()
 
 _LOGIN = ("POSTGRES_USER", "POSTGRES_PASSWORD")
-_SERVER = ("POSTGRES_HOST", "POSTGRES_PORT", "POSTGRES_SSLMODE")
+_SERVER = ("POSTGRES_HOST", "POSTGRES_PORT", "POSTGRES_SSLMODE", "POSTGRES_SSLROOTCERT")
 
 
 class KeptConnections(DagsterPostgresStorage):
@@ -44,15 +52,32 @@ class KeptConnections(DagsterPostgresStorage):
         is_named = "postgres_db" in config_value or "postgres_url" in config_value
         url = pg_url_from_config(config_value) if is_named else url_of(os.environ)
         token_provider = get_token_provider_from_config(config_value)
-        storage = cls(
-            inst_data=inst_data,
-            postgres_url=url,
-            should_autocreate_tables=config_value.get("should_autocreate_tables", True),
-            token_provider=token_provider,
-        )
-        parts: list[Any] = [storage.run_storage, storage.event_log_storage, storage.schedule_storage]
-        for part in parts:
-            part._engine = create_pg_engine(url, token_provider, **_KEPT)
+        place = os.getpid(), url
+        with _lock:
+            known = place in _shared
+            storage = cls(
+                inst_data=inst_data,
+                postgres_url=url,
+                # Looked for once: to look takes three connections.
+                should_autocreate_tables=not known and config_value.get("should_autocreate_tables", True),
+                token_provider=token_provider,
+            )
+            engine, true = _shared[place] if known else (create_pg_engine(url, token_provider, **_KEPT), set())
+            # Whose tokens are whose is not for this module to know.
+            if token_provider is None:
+                _shared[place] = engine, true
+        runs: Any = storage.run_storage
+        events: Any = storage.event_log_storage
+        schedules: Any = storage.schedule_storage
+        for part in (runs, events, schedules):
+            part._engine = engine
+        for part, name in (
+            (runs, "has_run_stats_index_cols"),
+            (runs, "has_backfill_id_column"),
+            (schedules, "_has_instigators_table"),
+            (schedules, "has_built_index"),
+        ):
+            setattr(part, name, _until_true(getattr(part, name), name, true))
         return storage
 
 
@@ -74,9 +99,21 @@ def url_of(env: Mapping[str, str]) -> str:
     server = {name: env.get(name, "") for name in _SERVER}
     settings = Settings.from_env({**server, **login, "POSTGRES_DB": database})
     user, password = (quote(text, safe="") for text in (settings.postgres_user, settings.postgres_password))
-    query = f"?sslmode={settings.postgres_sslmode}" if settings.postgres_sslmode else ""
     # Without the driver's name SQLAlchemy 2.1 takes another one.
     return (
         f"postgresql+psycopg2://{user}:{password}@{settings.postgres_host}:{settings.postgres_port}"
-        f"/{quote(database, safe='')}{query}"
+        f"/{quote(database, safe='')}?{urlencode(settings.postgres_tls)}"
     )
+
+
+def _until_true(ask: Callable[..., bool], question: str, true: set[str]) -> Callable[..., bool]:
+    """Dagster lists tables and columns a dozen times a tick, to find what only the databases of old releases lack."""
+
+    def answer(*about: Any) -> bool:
+        # About a migration of this name; anything else is the connection to ask on.
+        name = " ".join([question, *(of for of in about if isinstance(of, str))])
+        if name not in true and ask(*about):
+            true.add(name)
+        return name in true
+
+    return answer

@@ -84,6 +84,8 @@ class Database:
                 database=settings.postgres_db,
             ),
             poolclass=NullPool,
+            # It would ask each new connection for a type that no table here has.
+            use_native_hstore=False,
             connect_args={
                 "connect_timeout": _CONNECT_SECONDS,
                 "application_name": "sensor_pipeline",
