@@ -99,10 +99,11 @@ def url_of(env: Mapping[str, str]) -> str:
     server = {name: env.get(name, "") for name in _SERVER}
     settings = Settings.from_env({**server, **login, "POSTGRES_DB": database})
     user, password = (quote(text, safe="") for text in (settings.postgres_user, settings.postgres_password))
+    query = f"?{urlencode(settings.postgres_tls)}" if settings.postgres_tls else ""
     # Without the driver's name SQLAlchemy 2.1 takes another one.
     return (
         f"postgresql+psycopg2://{user}:{password}@{settings.postgres_host}:{settings.postgres_port}"
-        f"/{quote(database, safe='')}?{urlencode(settings.postgres_tls)}"
+        f"/{quote(database, safe='')}{query}"
     )
 
 
