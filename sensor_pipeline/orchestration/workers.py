@@ -1,7 +1,7 @@
 """Runs on other hosts: the launcher that hands them to Celery workers through Redis, and what such a worker is.
 
-Redis holds nothing that would be missed: a run whose message it lost is given up by run monitoring and its batch planned
-again, as the ledger says.
+Redis holds nothing that would be missed: a run whose message it lost is given up by run monitoring, and its batch is
+planned again from the ledger.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
@@ -22,8 +23,9 @@ from dagster._serdes import ConfigurableClassData, pack_value
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.tasks import create_execute_job_task
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
-from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.errors import ConfigurationError, UnavailableError
 
 QUEUE = "dagster"
 _DEFINITIONS = "sensor_pipeline.orchestration.definitions"
@@ -127,7 +129,7 @@ class WorkersLauncher(CeleryRunLauncher):
         """Hand a run to whichever worker is free first.
 
         Raises:
-            OperationalError: Redis did not take it within about ten seconds.
+            UnavailableError: Redis did not take it within about ten seconds.
         """
         run = context.dagster_run
         assert run.job_code_origin is not None
@@ -137,27 +139,29 @@ class WorkersLauncher(CeleryRunLauncher):
             instance_ref=self._instance.get_ref(),
             set_exit_code_on_failure=True,
         )
-        self._execute.apply_async(
-            kwargs={"execute_job_args_packed": pack_value(arguments)},
-            task_id=run.run_id,
-            queue=QUEUE,
-            time_limit=self._time_limit(run),
-        )
+        with self._asking():
+            self._execute.apply_async(
+                kwargs={"execute_job_args_packed": pack_value(arguments)},
+                task_id=run.run_id,
+                queue=QUEUE,
+                time_limit=self._time_limit(run),
+            )
         self._instance.report_engine_event(f"Handed to the workers at {self.place}.", run, cls=type(self))
 
     def terminate(self, run_id: str) -> bool:
         """Have the run's process end, or a run that waits for a worker not be started."""
-        self.celery.control.revoke(run_id, terminate=True)
+        with self._asking():
+            self.celery.control.revoke(run_id, terminate=True)
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """Whether a worker executes a run that has started."""
         try:
             seen = self.executing()
-        except OperationalError as error:
+        except UnavailableError as error:
             # It may well go on; max_runtime_seconds ends what does not.
             self._missing_since.clear()
-            return CheckRunHealthResult(WorkerStatus.RUNNING, f"Redis at {self.place} does not answer: {error}")
+            return CheckRunHealthResult(WorkerStatus.RUNNING, str(error))
         if run.run_id in seen:
             self._missing_since.pop(run.run_id, None)
             return CheckRunHealthResult(WorkerStatus.RUNNING)
@@ -179,23 +183,35 @@ class WorkersLauncher(CeleryRunLauncher):
         """The names of the workers that answer.
 
         Raises:
-            OperationalError: Redis does not answer.
+            UnavailableError: Redis does not answer.
         """
-        answers = self.celery.control.ping(timeout=_ANSWER_SECONDS)
+        with self._asking():
+            answers = self.celery.control.ping(timeout=_ANSWER_SECONDS)
         return sorted(name for answer in answers for name in answer)
 
     def executing(self) -> Mapping[str, str]:
         """The runs that workers execute, each with its worker; an answer may be five seconds old.
 
         Raises:
-            OperationalError: Redis does not answer.
+            UnavailableError: Redis does not answer.
         """
         now = self._clock()
         if now - self._seen_at >= _LOOK_SECONDS:
-            active = self.celery.control.inspect(timeout=_ANSWER_SECONDS).active() or {}
+            with self._asking():
+                active = self.celery.control.inspect(timeout=_ANSWER_SECONDS).active() or {}
             self._seen = {task["id"]: worker for worker, tasks in active.items() for task in tasks}
             self._seen_at = now
         return self._seen
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        # The second where a connection breaks that was kept.
+        except (OperationalError, RedisError) as error:
+            raise UnavailableError(
+                f"Redis at {self.place} does not answer: {error}; check that it runs, and CELERY_BROKER_URL"
+            ) from error
 
     def _time_limit(self, run: DagsterRun) -> float | None:
         asked = run.tags.get(MAX_RUNTIME_SECONDS_TAG)

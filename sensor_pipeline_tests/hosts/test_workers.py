@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,19 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.launcher import LaunchRunContext, WorkerStatus
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
+from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG
 
 from sensor_pipeline.batch import Pipeline
-from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.errors import ConfigurationError, UnavailableError
 from sensor_pipeline.offsets import Batch
 from sensor_pipeline.orchestration.config import to_run_config
 from sensor_pipeline.orchestration.instance import find_wrong
 from sensor_pipeline.orchestration.job import JOB_NAME, build_job
 from sensor_pipeline.orchestration.workers import WorkersLauncher
 from sensor_pipeline.settings import Settings
-from sensor_pipeline_tests.acceptance.commands import BIN, environment
+from sensor_pipeline_tests.acceptance.commands import BIN, environment, run
 from sensor_pipeline_tests.acceptance.test_three_ways import dagster_database
 from sensor_pipeline_tests.hosts.redis_server import RedisServer, needs_redis
-from sensor_pipeline_tests.kafka.inspecting import query
 from sensor_pipeline_tests.kills.test_points import check_end
 from sensor_pipeline_tests.orchestration.test_job import publish_some, whole_backlog
 from sensor_pipeline_tests.postgres.tables import other_session, sessions, until
@@ -49,11 +49,15 @@ def shipped(name: str) -> str:
 
 
 class Clock:
+    """Goes on by so many seconds whenever it is looked at."""
+
+    STEP = 10.0
+
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
-        self.now += 10
+        self.now += self.STEP
         return self.now
 
 
@@ -171,3 +175,92 @@ def test_a_worker_executes_runs_one_after_the_other_and_what_is_under_way_when_i
     assert site.run(last).status == DagsterRunStatus.SUCCESS
     check_end(site.settings, publisher.published)
     assert "not-in-a-log" not in site.log.read_text() + site.said(first)
+
+
+def test_a_run_whose_worker_was_killed_is_lost_after_the_time_that_is_set_and_one_that_is_not_seen_at_once_is_not(
+    site: Site, pipeline: Pipeline
+) -> None:
+    publisher = publish_some(site.settings)
+    pipeline.run(whole_backlog(pipeline))
+    publisher.published += publish_some(site.settings).published
+    batch = whole_backlog(pipeline)
+    site.launcher._clock = Clock()
+    with site.worker() as worker, other_session(site.settings, "SELECT FROM ingested_offsets FOR UPDATE"):
+        run_id = site.launch(batch)
+        until(lambda: sessions(site.settings, waiting=True))
+        health = partial(site.launcher.check_run_worker_health, site.run(run_id))
+        assert health().status == WorkerStatus.RUNNING
+        kill_with_children(worker)
+        seen = []
+        while (last := health()).status == WorkerStatus.RUNNING:
+            seen.append(last.msg)
+        assert set(seen) == {"no worker has answered for it just now"}
+        assert len(seen) == LOST_AFTER // Clock.STEP
+        assert last.status == WorkerStatus.FAILED
+        assert last.msg == "no worker has executed it for 60 s: its worker was killed, or is cut off"
+        assert site.launcher.get_run_worker_debug_info(site.run(run_id)) == (
+            f"Workers that answer at {site.launcher.place}: none."
+        )
+    # What is left of it ended with its connection, so that its lane is free.
+    pipeline.run(batch)
+    check_end(site.settings, publisher.published)
+
+
+def test_while_redis_is_away_no_run_is_given_up_and_a_launch_and_doctor_say_it_in_one_line(
+    site: Site, pipeline: Pipeline
+) -> None:
+    publish_some(site.settings)
+    run = site.run_of(whole_backlog(pipeline))
+    site.redis.kill()
+    try:
+        said = f"Redis at redis://:**@127.0.0.1:{site.redis.port}/0 does not answer: Error 111 connecting"
+        health = site.launcher.check_run_worker_health(run)
+        assert (health.status, str(health.msg)[: len(said)]) == (WorkerStatus.RUNNING, said)
+        with pytest.raises(UnavailableError, match="check that it runs, and CELERY_BROKER_URL"):
+            site.instance.launch_run(run.run_id, None)  # type: ignore[arg-type]
+        assert site.run(run.run_id).status == DagsterRunStatus.FAILURE
+        assert said in site.said(run.run_id)
+        assert any(sentence.startswith(f"no run is launched: {said}") for sentence in find_wrong(site.instance))
+    finally:
+        site.redis.start()
+    assert any(sentence.startswith("no worker answers at") for sentence in find_wrong(site.instance))
+
+
+def test_a_worker_ends_a_run_by_itself_where_run_monitoring_would_and_is_cut_off_from_it(
+    site: Site, pipeline: Pipeline, monkeypatch: Any
+) -> None:
+    publish_some(site.settings)
+    run = site.run_of(whole_backlog(pipeline))
+    limits = []
+    monkeypatch.setattr(
+        site.launcher._execute, "apply_async", lambda *, time_limit, **_others: limits.append(time_limit)
+    )
+    for tags in ({}, {MAX_RUNTIME_SECONDS_TAG: "86400"}):
+        site.launcher.launch_run(LaunchRunContext(run.with_tags(tags), None))
+    assert limits == [300 + 60, 86_400 + 60]
+
+
+def test_the_block_for_workers_adds_a_launcher_to_the_shipped_settings_and_changes_nothing(site: Site) -> None:
+    both = yaml.safe_load((site.home / "dagster.yaml").read_text())
+    assert both == {**yaml.safe_load(shipped("dagster.yaml")), "run_launcher": both["run_launcher"]}
+    assert "run_launcher" not in yaml.safe_load(shipped("dagster.yaml"))
+    named = both["run_launcher"]
+    assert (named["module"], named["class"]) == (WorkersLauncher.__module__, WorkersLauncher.__name__)
+    assert not any("Redis" in sentence for sentence in find_wrong(site.instance))
+
+
+@pytest.mark.parametrize("address", ["", "amqp://guest@somewhere//", "redis:/secret"])
+def test_an_address_that_is_not_one_of_redis_is_refused_without_being_said(address: str) -> None:
+    with pytest.raises(ConfigurationError, match="CELERY_BROKER_URL must be an address such as") as refused:
+        WorkersLauncher(address, LOST_AFTER)
+    assert not address or address not in str(refused.value)
+
+
+def test_a_worker_is_refused_where_it_would_get_no_run(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    bare = run(settings, "sensor-pipeline", "worker", DAGSTER_HOME=str(tmp_path))
+    assert bare.returncode == 1
+    assert "launches runs by DefaultRunLauncher, so that a worker would get none; append the package's" in bare.stderr
+    homeless = run(settings, "sensor-pipeline", "worker", DAGSTER_HOME="")
+    assert (homeless.returncode, homeless.stderr.count("\n")) == (1, 1)
+    assert homeless.stderr.startswith("sensor-pipeline: DAGSTER_HOME is not set; set it to a folder with")
