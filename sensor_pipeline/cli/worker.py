@@ -24,7 +24,8 @@ def command(concurrency: int) -> None:
     For a site that outgrows one machine: start it on each host, with the code, the environment and the DAGSTER_HOME of
     the daemon. SIGTERM lets the runs that it executes come to their end.
     """
-    if not os.environ.get("DAGSTER_HOME"):
+    home = os.environ.get("DAGSTER_HOME")
+    if not home:
         raise ConfigurationError(
             "DAGSTER_HOME is not set; set it to a folder with the daemon's dagster.yaml, with the package's "
             "orchestration/workers.yaml appended"
@@ -35,4 +36,4 @@ def command(concurrency: int) -> None:
         raise ConfigurationError(
             f"a worker needs {error.name}, which is not installed; install sensor-pipeline[celery]"
         ) from error
-    sys.exit(work(concurrency))
+    sys.exit(work(home, concurrency))

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from celery import Celery
-from dagster import DagsterInstance, DagsterRun, Field, IntSource, StringSource
+from dagster import DagsterRun, Field, IntSource, StringSource
+from dagster._core.instance.ref import InstanceRef
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG
 from dagster._grpc.types import ExecuteRunArgs
@@ -219,34 +219,32 @@ class WorkersLauncher(CeleryRunLauncher):
         return limit + _GRACE_SECONDS if limit else None
 
 
-def work(concurrency: int) -> int:
+def work(home: str, concurrency: int) -> int:
     """Be a worker until SIGTERM or Ctrl-C, and then until the runs that it executes have ended.
 
     Args:
+        home: Dagster's folder, with its dagster.yaml.
         concurrency: how many runs it executes at a time, each in a process of its own.
 
     Returns:
         The exit code.
 
     Raises:
-        ConfigurationError: the instance in DAGSTER_HOME has another launcher.
+        ConfigurationError: that dagster.yaml names another launcher.
     """
-    app = _app_of_the_instance()
-    # Before the processes are forked: each has then imported everything, and starts a run at once.
+    # Not the whole instance: what it keeps of connections would be shared by all processes forked below.
+    launcher = InstanceRef.from_dir(home).run_launcher
+    if not isinstance(launcher, WorkersLauncher):
+        raise ConfigurationError(
+            f"{home}/dagster.yaml has runs launched by {type(launcher).__name__}, so that a worker would get none; "
+            "append the package's orchestration/workers.yaml to it, wherever Dagster's processes run"
+        )
+    # Before they are forked: each has then imported everything, and starts a run at once.
     importlib.import_module(_DEFINITIONS)
     # Of two workers with one name Celery would take the one's answer for the other's.
     name = f"sensor-pipeline-{os.getpid()}@{socket.gethostname()}"
-    worker = app.Worker(hostname=name, concurrency=concurrency, pool="prefork", loglevel="INFO", queues=[QUEUE])
+    worker = launcher.celery.Worker(
+        hostname=name, concurrency=concurrency, pool="prefork", loglevel="INFO", queues=[QUEUE]
+    )
     worker.start()
     return int(worker.exitcode or 0)
-
-
-def _app_of_the_instance() -> Celery:
-    with DagsterInstance.get() as instance:
-        launcher = instance.run_launcher
-    if not isinstance(launcher, WorkersLauncher):
-        raise ConfigurationError(
-            f"the instance in {instance.root_directory} launches runs by {type(launcher).__name__}, so that a worker "
-            "would get none; append the package's orchestration/workers.yaml to its dagster.yaml"
-        )
-    return launcher.celery

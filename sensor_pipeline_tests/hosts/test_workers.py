@@ -260,7 +260,9 @@ def test_a_worker_is_refused_where_it_would_get_no_run(settings: Settings, tmp_p
     (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     bare = run(settings, "sensor-pipeline", "worker", DAGSTER_HOME=str(tmp_path))
     assert bare.returncode == 1
-    assert "launches runs by DefaultRunLauncher, so that a worker would get none; append the package's" in bare.stderr
+    assert (
+        "has runs launched by DefaultRunLauncher, so that a worker would get none; append the package's" in bare.stderr
+    )
     homeless = run(settings, "sensor-pipeline", "worker", DAGSTER_HOME="")
     assert (homeless.returncode, homeless.stderr.count("\n")) == (1, 1)
     assert homeless.stderr.startswith("sensor-pipeline: DAGSTER_HOME is not set; set it to a folder with")
