@@ -243,8 +243,10 @@ def work(home: str, concurrency: int) -> int:
     importlib.import_module(_DEFINITIONS)
     # Of two workers with one name Celery would take the one's answer for the other's.
     name = f"sensor-pipeline-{os.getpid()}@{socket.gethostname()}"
+    # Workers have nothing to tell each other.
+    alone = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
     worker = launcher.celery.Worker(
-        hostname=name, concurrency=concurrency, pool="prefork", loglevel="INFO", queues=[QUEUE]
+        hostname=name, concurrency=concurrency, pool="prefork", loglevel="INFO", queues=[QUEUE], **alone
     )
     worker.start()
     return int(worker.exitcode or 0)

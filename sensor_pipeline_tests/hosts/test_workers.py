@@ -177,7 +177,7 @@ def test_a_worker_executes_runs_one_after_the_other_and_what_is_under_way_when_i
     assert "not-in-a-log" not in site.log.read_text() + site.said(first)
 
 
-def test_a_run_whose_worker_was_killed_is_lost_after_the_time_that_is_set_and_one_that_is_not_seen_at_once_is_not(
+def test_a_run_whose_worker_was_killed_is_lost_after_the_time_that_is_set_and_not_before(
     site: Site, pipeline: Pipeline
 ) -> None:
     publisher = publish_some(site.settings)
