@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from celery.signals import worker_process_init
 from dagster import DagsterRun, Field, IntSource, StringSource
 from dagster._core.instance.ref import InstanceRef
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
@@ -72,8 +73,8 @@ class WorkersLauncher(CeleryRunLauncher):
     """`CeleryRunLauncher`, but it asks the workers what they execute, and a run's task has the run's own id.
 
     Dagster's asks a result backend: there a task whose host died is `STARTED` for ever, and one that a restarted Redis
-    has forgotten counts as failed while it runs. It also tags a run with its task's id when a warm worker may have
-    started it, and each overwrites what the other has changed.
+    has forgotten counts as failed while it runs. It also tags a run with its task's id after handing it out, when a
+    warm worker may have started it, and what that writes of the run can take the tag away again.
 
     Args:
         broker: the address of Redis. A secret.
@@ -248,5 +249,11 @@ def work(home: str, concurrency: int) -> int:
     worker = launcher.celery.Worker(
         hostname=name, concurrency=concurrency, pool="prefork", loglevel="INFO", queues=[QUEUE], **alone
     )
+    worker_process_init.connect(_leave_group)
     worker.start()
     return int(worker.exitcode or 0)
+
+
+def _leave_group(**_: Any) -> None:
+    # Ctrl-C goes to a terminal's whole process group, and would end the run.
+    os.setpgrp()

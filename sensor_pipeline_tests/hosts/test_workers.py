@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -90,7 +91,9 @@ class Site:
         """A worker that has said that it is ready; what is left of it after the block is killed."""
         with self.log.open("ab") as log:
             command = [str(BIN / "sensor-pipeline"), "worker", "--concurrency", str(concurrency)]
-            process = subprocess.Popen(command, env=self.env, cwd=self.home, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                command, env=self.env, cwd=self.home, stdout=log, stderr=log, start_new_session=True
+            )
         try:
             until(lambda: process.poll() is not None or self.launcher.workers())
             assert process.poll() is None, self.log.read_text()
@@ -168,7 +171,8 @@ def test_a_worker_executes_runs_one_after_the_other_and_what_is_under_way_when_i
         with other_session(site.settings, "SELECT FROM ingested_offsets FOR UPDATE"):
             last = site.launch(whole_backlog(pipeline))
             until(lambda: sessions(site.settings, waiting=True))
-            worker.send_signal(signal.SIGTERM)
+            # As Ctrl-C and a careless supervisor do: to its whole process group.
+            os.killpg(worker.pid, signal.SIGTERM)
             until(lambda: "Warm shutdown" in site.log.read_text())
             assert worker.poll() is None
         assert worker.wait(60) == 0
