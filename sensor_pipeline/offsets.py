@@ -267,13 +267,16 @@ def _plan_lane(
         if alone and (last_slot or not any(b.next_range for b in together)):
             # Half as large after each try: it may be its size that it failed for.
             tried = alone.pop(0)
-            ranges = _fill([tried.next_range], max(1, batch_size >> len(tried.tries)))
+            ranges = _fill([tried], max(1, batch_size >> len(tried.tries)))
         else:
-            ranges = _fill([b.next_range for b in together], batch_size)
+            ranges = _fill(together, batch_size)
         if not ranges or (len(planned) >= slots and total(ranges) < batch_size):
             break
         planned.append(ranges)
-        together = [replace(b, in_flight=(*b.in_flight, *ranges)) for b in together]
+        taken = {r.partition: r for r in ranges}
+        together = [
+            replace(b, in_flight=(*b.in_flight, taken[b.partition])) if b.partition in taken else b for b in together
+        ]
         # What comes next may have been tried before, by hand.
         together = [b for b in together if b.retry_at() is None]
     return planned
@@ -287,17 +290,30 @@ def _may_be_tried(backlog: PartitionBacklog, now: datetime, waiting: list[str]) 
     return False
 
 
-def _fill(wanted: Iterable[OffsetRange | None], limit: int) -> tuple[OffsetRange, ...]:
-    """Cut the ranges to `limit` offsets in all, sharing it evenly: what one does not need, others get."""
+def _fill(backlogs: Sequence[PartitionBacklog], limit: int) -> tuple[OffsetRange, ...]:
+    """Cut the next ranges to `limit` offsets in all, sharing it evenly: what one does not need, others get."""
     left = limit
     filled = []
-    # Below one offset for each, the longest take part, so that none is put off for ever.
-    open_ranges = sorted((r for r in wanted if r), key=len)[-limit:]
+    open_ranges = sorted((r for b in _in_turn(backlogs, limit) if (r := b.next_range)), key=len)
     for position, span in enumerate(open_ranges):
         size = min(len(span), left // (len(open_ranges) - position))
         filled.append(OffsetRange(span.partition, span.start, span.start + size))
         left -= size
     return tuple(sorted(filled))
+
+
+def _in_turn(backlogs: Sequence[PartitionBacklog], limit: int) -> list[PartitionBacklog]:
+    """Those that take part in a batch of `limit` offsets: all, or where it has less than one for each, the next ones.
+
+    The turn goes round by as many partitions as a batch has offsets, and how far it has come is how many offsets were
+    ever planned: nothing has to be remembered, and each partition has its turn within one round, whatever comes in.
+    """
+    waiting = [b for b in backlogs if b.next_range]
+    if len(waiting) <= limit:
+        return waiting
+    turn = sum(total(b.ingested) + total(b.in_flight) for b in backlogs) % len(backlogs)
+    order = sorted(range(len(backlogs)), key=lambda place: (place - turn) % len(backlogs))
+    return [backlogs[place] for place in order if backlogs[place].next_range][:limit]
 
 
 def _by_partition(ranges: Iterable[OffsetRange]) -> dict[int, list[OffsetRange]]:

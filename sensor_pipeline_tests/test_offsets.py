@@ -35,6 +35,7 @@ TICK = timedelta(seconds=5)
 
 # A machine that others use too may take any time.
 untimed = hypothesis_settings(deadline=None)
+few = hypothesis_settings(untimed, max_examples=40)
 
 Place = tuple[int, int]
 
@@ -439,16 +440,87 @@ def test_with_fewer_offsets_than_partitions_all_move_on_at_the_same_pace(partiti
 
 
 @untimed
-@given(st.integers(2, 6), st.integers(1, 2))
-def test_a_long_backlog_is_not_starved_by_partitions_that_get_little(partitions: int, limit: int) -> None:
-    """A message comes in for each other partition at every tick, which is all that the limits allow."""
-    simulation = Simulation(
-        [200] + [1] * (partitions - 1), lanes=1, batch_size=max(1, (partitions - 1) // limit), limit=limit
-    )
-    for _ in range(20 * partitions):
-        simulation.tick()
-        simulation.ends = [simulation.ends[0], *(end + 1 for end in simulation.ends[1:])]
-    assert any(p == 0 for p, _ in simulation.done)
+@given(st.lists(st.sampled_from([0, 1, 9]), min_size=2, max_size=7), st.integers(1, 6), st.integers(1, 3))
+def test_with_fewer_offsets_than_partitions_each_has_its_turn_whatever_the_others_have(
+    incoming: list[int], batch_size: int, limit: int
+) -> None:
+    """However much comes in for some at each tick, and only once for others: within one round each was planned."""
+    partitions = len(incoming)
+    simulation = Simulation([1] * partitions, lanes=1, batch_size=min(batch_size, partitions - 1), limit=limit)
+    waited = [0] * partitions
+    for _ in range(3 * partitions):
+        simulation.ends = [end + more for end, more in zip(simulation.ends, incoming, strict=True)]
+        waits = [bool(backlog.next_range) for backlog in simulation.backlogs()]
+        planned = {r.partition for batch in simulation.tick().batches for r in batch.ranges}
+        waited = [waited[p] + 1 if waits[p] and p not in planned else 0 for p in range(partitions)]
+        assert max(waited) <= partitions // simulation.batch_size + 1
+
+
+@few
+@given(st.lists(st.integers(0, 60), min_size=64, max_size=64), st.integers(1, 100), st.integers(0, 2))
+def test_a_topic_of_64_partitions_in_16_lanes_is_planned_fairly_and_the_oldest_unread_first(
+    ends: list[int], batch_size: int, busy: int
+) -> None:
+    partitions = [PartitionBacklog(partition=p, first=0, end=end) for p, end in enumerate(ends)]
+
+    planned = plan(
+        partitions,
+        lanes=16,
+        batch_size=batch_size,
+        in_flight_limit=2,
+        planned_limit=4,
+        in_flight=dict.fromkeys(range(0, 16, 2), busy),
+        now=NOW,
+    ).batches
+
+    owned = ranges_of(place for batch in planned for place in places(batch.ranges))
+    # Of each partition the oldest, without a hole.
+    assert all(r.start == 0 for r in owned)
+    for lane in range(16):
+        mine = [batch for batch in planned if batch.lane == lane]
+        left = sum(ends[lane::16])
+        free_slots = 2 - (busy if lane % 2 == 0 else 0)
+        assert bool(mine) == bool((left and free_slots > 0) or left >= batch_size)
+        if not mine:
+            continue
+        assert total(mine[0].ranges) == min(batch_size, left)
+        sizes = [sum(len(r) for r in mine[0].ranges if r.partition == p) for p in range(lane, 64, 16)]
+        cut_short = [size for p, size in zip(range(lane, 64, 16), sizes, strict=True) if size < ends[p]]
+        assert not cut_short or max(sizes) <= min(cut_short) + 1
+
+
+@few
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6), st.data())
+def test_lanes_and_partitions_may_change_at_any_time(ends: list[int], data: st.DataObject) -> None:
+    """Nothing is planned twice while it is in flight, nothing is left out in the end."""
+    state = {p: (0, end) for p, end in enumerate(ends)}  # next offset to plan, end
+    flying: list[tuple[OffsetRange, ...]] = []
+    done: set[Place] = set()
+    for _ in range(200):
+        lanes = data.draw(st.integers(1, 5)) if len(state) < 10 else 3
+        if data.draw(st.booleans()) and len(state) < 10:
+            state[len(state)] = (0, data.draw(st.integers(0, 6)))
+        partitions = [
+            PartitionBacklog(
+                partition=p,
+                first=0,
+                end=end,
+                ingested=ranges_of(place for place in done if place[0] == p),
+                in_flight=tuple(r for ranges in flying for r in ranges if r.partition == p),
+            )
+            for p, (_, end) in state.items()
+        ]
+        busy = Counter(lane for ranges in flying for lane in {lane_of(r.partition, lanes) for r in ranges})
+        planned = plan(partitions, lanes=lanes, batch_size=4, in_flight_limit=2, in_flight=busy, now=NOW).batches
+        for batch in planned:
+            mine = places(batch.ranges)
+            assert not mine & (done | {place for ranges in flying for place in places(ranges)})
+            flying.append(batch.ranges)
+        if flying:
+            done |= places(flying.pop(data.draw(st.integers(0, len(flying) - 1))))
+        elif len(state) >= 10 and not planned:
+            break
+    assert done == {(p, offset) for p, (_, end) in state.items() for offset in range(end)}
 
 
 @untimed

@@ -39,6 +39,10 @@ OWNERS = {
     "sqlalchemy": {"postgres", "cli"},
     "psycopg2": {"postgres", "embedded", "bench"},
     "dagster": {"orchestration", "cli", "embedded"},
+    "dagster_celery": {"orchestration"},
+    "celery": {"orchestration"},
+    "kombu": {"orchestration"},
+    "redis": {"orchestration"},
     "alembic": {"postgres"},
     "requests": {"webhook", "embedded"},
     "prometheus_client": {"metrics", "cli"},
@@ -93,11 +97,11 @@ def test_only_the_definitions_and_the_command_line_read_the_environment() -> Non
     assert {r for r in readers if not r.startswith(("embedded/", "cli/", "bench/"))} == entrances
 
 
-def test_a_run_imports_neither_an_http_client_nor_the_metrics() -> None:
+def test_a_run_imports_neither_an_http_client_nor_the_metrics_nor_what_workers_need() -> None:
     """Each run's process pays for what the definitions import."""
     code = "import sys, sensor_pipeline.orchestration.definitions; print(*sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not {"requests", "urllib3", "prometheus_client"} & set(said.split())
+    assert not {"requests", "urllib3", "prometheus_client", "celery", "redis"} & set(said.split())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ _COMMANDS = {
     "status": "status",
     "doctor": "doctor",
     "metrics": "metrics",
+    "worker": "worker",
     "migrate": "migrate",
     "rejected": "rejected",
     "accept-gap": "accept_gap",

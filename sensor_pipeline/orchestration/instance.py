@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from dagster import DagsterInstance, RunsFilter
 from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin
 
+from sensor_pipeline.errors import UnavailableError
 from sensor_pipeline.orchestration import tags
 from sensor_pipeline.orchestration.job import JOB_NAME
 
 _COORDINATOR = "QueuedRunCoordinator"
 _DEQUEUE_SECONDS = 1
+_WORKERS_LAUNCHER = "WorkersLauncher"
 
 
 def find_wrong(instance: DagsterInstance) -> Iterator[str]:
@@ -25,6 +28,7 @@ def find_wrong(instance: DagsterInstance) -> Iterator[str]:
         )
     yield from _daemon(instance)
     yield from _code_server(instance)
+    yield from _workers(instance)
 
 
 def _queue(instance: DagsterInstance) -> Iterator[str]:
@@ -74,3 +78,17 @@ def _code_server(instance: DagsterInstance) -> Iterator[str]:
             f"the daemon loads the code itself, so that ending it ends the runs (job {JOB_NAME}); start `dagster "
             "code-server` and name it in the workspace as grpc_server"
         )
+
+
+def _workers(instance: DagsterInstance) -> Iterator[str]:
+    # Imported by its name in dagster.yaml, and only there: what it needs is an extra of this package.
+    launcher: Any = instance.run_launcher
+    if type(launcher).__name__ != _WORKERS_LAUNCHER:
+        return
+    try:
+        workers = launcher.workers()
+    except UnavailableError as error:
+        yield f"no run is launched: {error}"
+        return
+    if not workers:
+        yield f"no worker answers at {launcher.place}, so that runs wait; start `sensor-pipeline worker` on each host"

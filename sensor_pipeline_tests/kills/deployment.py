@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
@@ -21,12 +21,13 @@ from sensor_pipeline_tests.acceptance.commands import BIN, DEADLINE_SECONDS, env
 from sensor_pipeline_tests.kafka.inspecting import query
 
 CODE_SERVER, DAEMON, WEB_SERVER, RUN = "code server", "daemon", "web server", "run"
-# Of `dagster.yaml`, made short enough to be waited for: how long a run may hold its lane.
+# Of the shipped settings, made short enough to be waited for: how long a run may hold its lane.
 _SHORTER = {
     "poll_interval_seconds: 30": "poll_interval_seconds: 1",
     "start_timeout_seconds: 120": "start_timeout_seconds: 30",
-    "max_runtime_seconds: 300": "max_runtime_seconds: {max_runtime}",
 }
+LOST_AFTER = 15
+_SHORTER_OF_WORKERS = {"lost_after_seconds: 60": f"lost_after_seconds: {LOST_AFTER}"}
 
 # The code server says under which process id it has started a run.
 _BATCH_PIDS = r"""
@@ -38,13 +39,22 @@ _BATCH_PIDS = r"""
 class Deployment:
     """Dagster's processes. Whatever was killed is started again by `tend`, and nothing else is done for it."""
 
-    def __init__(self, settings: Settings, home: Path, max_runtime: int) -> None:
+    # How long `wait_for` does.
+    patience_seconds = DEADLINE_SECONDS
+
+    def __init__(self, settings: Settings, home: Path, max_runtime: int, broker: str | None = None) -> None:
         self.settings = settings
         self.home = home
         self.dagster = replace(settings, postgres_db=f"{settings.postgres_db}_dagster")
-        self._env = environment(
+        self.env = environment(
             settings, DAGSTER_HOME=str(home), DAGSTER_POSTGRES_DB=self.dagster.postgres_db, COMMIT_INTERVAL_MS="1000"
         )
+        instance = _shorter(
+            "dagster.yaml", {**_SHORTER, "max_runtime_seconds: 300": f"max_runtime_seconds: {max_runtime}"}
+        )
+        if broker:
+            self.env["CELERY_BROKER_URL"] = broker
+            instance += _shorter("workers.yaml", _SHORTER_OF_WORKERS)
         code_port, ui_port = str(ports.any_free()), str(ports.any_free())
         workspace = home / "workspace.yaml"
         at = ["-h", ports.LOOPBACK, "-p"]
@@ -55,7 +65,7 @@ class Deployment:
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         home.mkdir()
-        (home / "dagster.yaml").write_text(_instance(max_runtime))
+        (home / "dagster.yaml").write_text(instance)
         workspace.write_text(
             f"load_from: [grpc_server: {{host: {ports.LOOPBACK}, port: {code_port}, location_name: sensor_pipeline}}]\n"
         )
@@ -66,12 +76,12 @@ class Deployment:
             if name not in self._processes or self._processes[name].poll() is not None:
                 with (self.home / f"{name}.log").open("ab") as log:
                     self._processes[name] = subprocess.Popen(
-                        [str(BIN / command[0]), *command[1:]], env=self._env, cwd=self.home, stdout=log, stderr=log
+                        [str(BIN / command[0]), *command[1:]], env=self.env, cwd=self.home, stdout=log, stderr=log
                     )
 
     def wait_for(self, what: str, found: Callable[[], Any]) -> Any:
         """Tend it until there is what is looked for."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + self.patience_seconds
         while not (result := found()):
             self.tend()
             assert time.monotonic() < deadline, f"never: {what}\nruns: {self.runs()}\n{self._logs()}"
@@ -131,9 +141,12 @@ class Deployment:
 
 
 @contextmanager
-def deployed(settings: Settings, home: Path, *, max_runtime: int) -> Iterator[Deployment]:
-    """A deployment that runs during the block; a run may take `max_runtime` seconds."""
-    deployment = Deployment(settings, home, max_runtime)
+def deployed(settings: Settings, home: Path, *, max_runtime: int, broker: str | None = None) -> Iterator[Deployment]:
+    """A deployment that runs during the block; a run may take `max_runtime` seconds.
+
+    With the address of a Redis its runs are executed by workers, which are not started here.
+    """
+    deployment = Deployment(settings, home, max_runtime, broker)
     try:
         deployment.tend()
         yield deployment
@@ -141,11 +154,11 @@ def deployed(settings: Settings, home: Path, *, max_runtime: int) -> Iterator[De
         deployment.end()
 
 
-def _instance(max_runtime: int) -> str:
-    text = resources.files("sensor_pipeline.orchestration").joinpath("dagster.yaml").read_text()
-    for shipped, shorter in _SHORTER.items():
+def _shorter(name: str, shorter: Mapping[str, str]) -> str:
+    text = resources.files("sensor_pipeline.orchestration").joinpath(name).read_text()
+    for shipped, instead in shorter.items():
         assert shipped in text
-        text = text.replace(shipped, shorter.format(max_runtime=max_runtime))
+        text = text.replace(shipped, instead)
     return text
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import pytest
 from dagster import (
@@ -18,13 +20,14 @@ from dagster import (
 )
 
 from sensor_pipeline.batch import Pipeline
+from sensor_pipeline.offsets import Batch
 from sensor_pipeline.orchestration import tags
 from sensor_pipeline.orchestration.config import of_run, to_run_config
 from sensor_pipeline.orchestration.job import build_job
 from sensor_pipeline.orchestration.sensor import build_sensor
 from sensor_pipeline.postgres.transaction import Origin
 from sensor_pipeline.settings import Settings
-from sensor_pipeline_tests.kafka.producing import group_offsets
+from sensor_pipeline_tests.kafka.producing import add_partitions, group_offsets
 from sensor_pipeline_tests.oracle import expected, stored
 from sensor_pipeline_tests.publishing import Publisher, message
 
@@ -101,6 +104,36 @@ def test_what_a_run_in_flight_owns_is_not_planned_again_and_a_fifth_batch_of_a_l
     assert requests == []
     assert "lane 0 has 4 batches in flight" in said
     assert "lag 100, 4 in flight (0:0-5 1:0-5 2:0-5 3:0-5; " in said
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])
+def test_lanes_changed_and_partitions_added_while_runs_are_in_flight_end_in_the_oracles_rows(
+    settings: Settings, instance: DagsterInstance, before: int, after: int
+) -> None:
+    """A run keeps the lane's tag with which it was launched, so that Dagster may let old and new ones run together."""
+    settings = replace(settings, batch_size=12)
+    published = publish(settings, 40).published
+    old = tick(replace(settings, lanes=before), instance)[0]
+    for request in old:
+        record(instance, settings, request, DagsterRunStatus.STARTED)
+    add_partitions(settings, settings.kafka_topics[0], 5)
+    published += publish(settings, 60, partitions=5).published
+    changed = replace(settings, lanes=after)
+
+    flying = batches_of(old)
+    while batches := flying + batches_of(tick(changed, instance)[0]):
+        ranges = sorted(r for batch in batches for r in batch.ranges)
+        assert all(a.partition != b.partition or a.end <= b.start for a, b in pairwise(ranges))
+        with ThreadPoolExecutor(len(batches)) as lanes:
+            assert sum(lanes.map(lambda b: Pipeline(settings).run(b).batch_id is not None, batches)) == len(batches)
+        for run in instance.get_runs():
+            instance.delete_run(run.run_id)
+        flying = []
+    assert stored(settings) == expected(published)
+
+
+def batches_of(requests: Sequence[RunRequest]) -> list[Batch]:
+    return [batch for request in requests if (batch := of_run(request.run_config))]
 
 
 def test_a_failed_batch_is_planned_again_after_a_pause_one_partition_at_a_time(
