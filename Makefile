@@ -32,7 +32,7 @@ docker: install-dev ## build the image, and try the compose file with all that i
 requirements: install-dev ## pin the direct dependencies of pyproject.toml anew (needs uv)
 	uv pip compile $(COMPILE) --upgrade --all-extras pyproject.toml -o requirements-dev.txt
 	uv pip compile $(COMPILE) --extra embedded --extra build -c requirements-dev.txt pyproject.toml -o requirements.txt
-	uv pip compile $(COMPILE) --extra build -c requirements-dev.txt pyproject.toml -o requirements-deploy.txt
+	uv pip compile $(COMPILE) --extra celery --extra build -c requirements-dev.txt pyproject.toml -o requirements-deploy.txt
 
 COMPILE := --quiet --universal --generate-hashes --no-header --no-emit-index-url \
 	--index-strategy unsafe-best-match --python-version 3.11
