@@ -14,10 +14,11 @@ install-dev: ## the same, with what the checks and the tests need
 demo: install ## the whole stack on this machine with a simulated fleet
 	@$(BIN)/sensor-pipeline up $(ARGS)
 
-lint: install-dev ## format, lint and types, changing nothing
+lint: install-dev ## format, lint, types and the Dockerfile, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 test: lint ## lint, the definitions, and every test against a real Kafka and a real PostgreSQL
 	$(BIN)/dagster definitions validate
