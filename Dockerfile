@@ -30,12 +30,16 @@ RUN groupadd --gid 10001 pipeline \
     && useradd --uid 10001 --gid pipeline --no-create-home --home-dir /tmp --shell /usr/sbin/nologin pipeline
 
 COPY --from=build /opt/venv /opt/venv
-COPY sensor_pipeline/orchestration/dagster.yaml deploy/workspace.yaml /opt/dagster/
+# A DAGSTER_HOME for each way to execute runs: by the code server, or by workers on any number of hosts.
+COPY sensor_pipeline/orchestration/dagster.yaml /opt/dagster/code-server/
+COPY sensor_pipeline/orchestration/dagster.yaml sensor_pipeline/orchestration/workers.yaml /opt/dagster/workers/
+RUN cat /opt/dagster/workers/workers.yaml >> /opt/dagster/workers/dagster.yaml && rm /opt/dagster/workers/workers.yaml
+COPY deploy/workspace.yaml /opt/dagster/
 COPY deploy/await-runs /usr/local/bin/
 
 # What little is written goes to /tmp, so that the rest may be read-only.
 ENV PATH=/opt/venv/bin:$PATH \
-    DAGSTER_HOME=/opt/dagster \
+    DAGSTER_HOME=/opt/dagster/code-server \
     DAGSTER_DISABLE_TELEMETRY=1 \
     MPLCONFIGDIR=/tmp/matplotlib \
     PYTHONDONTWRITEBYTECODE=1 \

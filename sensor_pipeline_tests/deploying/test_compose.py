@@ -83,7 +83,10 @@ def test_dagsters_database_and_role_are_apart(tmp_path: Path) -> None:
     url = url_of(env | {"DAGSTER_POSTGRES_PASSWORD_FILE": str(tmp_path / "password")})
     assert url == "postgresql+psycopg2://dagster:a%2Fb%40c%3Ad@postgres:5432/dagster"
     for name in EXECUTE_RUNS:
-        assert environment("webserver").items() <= environment(name).items()
+        assert environment("webserver").items() - environment(name).items() <= {
+            ("DAGSTER_HOME", "/opt/dagster/${RUNS_BY:-code-server}")
+        }
+    assert environment("worker")["DAGSTER_HOME"] == "/opt/dagster/workers"
 
 
 def test_who_migrates_owns_and_who_runs_the_pipeline_only_writes() -> None:

@@ -121,7 +121,7 @@ def test_readings_flow_and_doctor_is_content(stack: Stack) -> None:
 
     def is_content() -> bool:
         said.append(stack.compose("exec", "-T", "code-server", "sensor-pipeline", "doctor", check=False))
-        return "wrong" not in said[-1] and "Dagster: instance in /opt/dagster" in said[-1]
+        return "wrong" not in said[-1] and "Dagster: instance in /opt/dagster/code-server" in said[-1]
 
     # Not before the daemon's first heartbeats.
     stack.eventually("doctor is content", is_content)
