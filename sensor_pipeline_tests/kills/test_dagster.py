@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sensor_pipeline.settings import Settings
+from sensor_pipeline_tests.acceptance.commands import DEADLINE_SECONDS
 from sensor_pipeline_tests.acceptance.test_three_ways import dagster_database, lag
 from sensor_pipeline_tests.kafka.producing import group_offsets
 from sensor_pipeline_tests.kills import victim
@@ -44,6 +45,8 @@ def test_a_backlog_is_ingested_whichever_of_dagsters_processes_are_killed_meanwh
     publisher = Publisher(settings)
     publish_fleet(publisher, dice, 0, 500 * len(KILLED))
     with deployed(settings, tmp_path / "dagster", max_runtime=MAX_RUNTIME) as deployment:
+        # A batch that was killed at six tries one after the other waits ten minutes for the next.
+        deployment.patience_seconds = amount(DEADLINE_SECONDS, 900)
         for names in dice.sample(KILLED, len(KILLED)):
             if not lag(settings):
                 publish_fleet(publisher, dice, len(publisher.published), 1_000)
