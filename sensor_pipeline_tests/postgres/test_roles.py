@@ -18,7 +18,7 @@ from sensor_pipeline.errors import ConfigurationError, SensorPipelineError
 from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.orchestration import house
 from sensor_pipeline.postgres.database import Database
-from sensor_pipeline.postgres.days import ensure_days
+from sensor_pipeline.postgres.days import Dropped, drop_readings, ensure_days
 from sensor_pipeline.postgres.migrations import migrate
 from sensor_pipeline.postgres.notices import add_run_notice
 from sensor_pipeline.postgres.rights import READER, WRITER
@@ -155,6 +155,20 @@ def test_a_function_of_the_owners_finds_nothing_but_the_owners_tables(
     assert ensure_days(Database(writer), [day]) == []
 
 
+def test_a_writer_drops_days_that_it_does_not_own(
+    database_settings: Settings, as_role: Callable[[str], Settings]
+) -> None:
+    writer = as_role("writer")
+    migrate(database_settings, writers=[writer.postgres_user])
+    tomorrow = TODAY.date() + timedelta(days=1)
+    ensure_days(Database(writer), [TODAY.date(), tomorrow])
+    assert drop_readings(Database(writer), tomorrow, 60) == Dropped(0, tomorrow)
+    left = query(
+        database_settings, "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'readings'::regclass"
+    )
+    assert sorted(name for (name,) in left) == [f"readings_{tomorrow:%Y%m%d}", "readings_before_horizon"]
+
+
 def sql_of_the_readme() -> list[str]:
     found = re.findall(r"```sql\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(found) >= 3
@@ -199,6 +213,8 @@ def test_a_reader_changes_nothing(database_settings: Settings, as_role: Callable
             refused(reader, statement)
     refused(reader, "SELECT nextval('readings_id_seq')")
     refused(reader, "SELECT make_readings_day(current_date)")
+    refused(reader, "SELECT keep_readings_from(current_date)")
+    refused(reader, "SELECT drop_readings()")
     refused(reader, "CREATE TABLE mine ()")
 
 
