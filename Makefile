@@ -22,7 +22,7 @@ lint: install-dev ## format, lint, types and the Dockerfile, changing nothing
 
 test: lint ## lint, the definitions, and every test against a real Kafka and a real PostgreSQL
 	$(BIN)/dagster definitions validate
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: install-dev ## the random tests, for long: many more histories, kills and messages than `make test` tries
 	SOAK=1 $(BIN)/pytest -m soak -s $(ARGS)

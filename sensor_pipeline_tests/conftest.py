@@ -28,6 +28,15 @@ _numbers = itertools.count(1)
 os.environ["DAGSTER_DISABLE_TELEMETRY"] = "yes"
 
 
+# Of two processes neither shall begin on one of these when the other has nothing left.
+_LONGEST = ("test_state_machine.py", "test_any_history.py", "test_outages.py", "test_concurrency.py", "test_dagster.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """In CI a skipped test is a failure, unless data is missing that no registry has."""
