@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -106,6 +107,14 @@ def test_nobody_in_between_is_taken_for_postgresql(name: str, tmp_path: Path) ->
     assert (env["POSTGRES_SSLMODE"], env["POSTGRES_SSLROOTCERT"]) == ("verify-full", CA)
     if name in DAGSTERS:
         assert "sslmode=verify-full" in url_of(in_container(name, tmp_path))
+
+
+def test_kafkas_users_get_the_rights_that_the_page_on_tls_names_and_no_more() -> None:
+    granted, named = (
+        set(re.findall(r"--allow-principal User:(\w+) --operation (\w+)", (ROOT / file).read_text()))
+        for file in ("deploy/kafka/make-topics-and-users", "docs/tls.md")
+    )
+    assert granted == named == {("pipeline", "Read"), ("fleet", "Write")}
 
 
 def test_postgresql_lets_nobody_in_over_the_network_without_tls_and_a_password() -> None:
@@ -241,20 +250,18 @@ def test_what_would_not_do_is_refused_and_nothing_is_made(
     assert {file.name for file in folder.iterdir()} == there
 
 
-@pytest.mark.skipif(
-    not shutil.which("docker")
-    or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0,
-    reason="Docker's compose is not there",
-)
 def test_compose_reads_the_files_together() -> None:
-    files = ["docker-compose.yml", "docker-compose.tls.yml", "docker-compose.public.yml"]
-    command = ["docker", "compose", *(f"--file={file}" for file in files), "--profile=*", "config"]
-    env = {"PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": str(Path.home()), "PUBLIC_HOST": "pipeline.example.com"}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    command = ["docker", "compose", "--profile=*"]
+    command += [f"--file=docker-compose{each}.yml" for each in ("", ".tls", ".public")]
+    env = {**os.environ, "PUBLIC_HOST": "pipeline.example.com"}
+    try:
+        subprocess.run(["docker", "compose", "version"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"Docker's compose is not there: {error}")
+    result = subprocess.run([*command, "config"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     read = yaml.safe_load(result.stdout)["services"]
     for name, service in SERVICES.items():
         assert [secret["source"] for secret in read[name].get("secrets", [])] == service.get("secrets", [])
-        assert {key: value or "" for key, value in read[name].get("environment", {}).items()}.keys() >= environment(
-            name
-        ).keys() - {key for key, value in environment(name).items() if not value}
+        assert environment(name).keys() <= read[name].get("environment", {}).keys()
+    assert {name for name, service in read.items() if "ports" in service} == {"kafka", "postgres", "webserver"}
