@@ -8,7 +8,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -19,7 +19,7 @@ from sensor_pipeline.embedded import ports
 
 ROOT = Path(__file__).parents[2]
 FILES = ["docker-compose.yml", "Dockerfile", ".dockerignore", "pyproject.toml", "requirements-deploy.txt", "README.md"]
-FILES += ["LICENSE", "deploy", "sensor_pipeline"]
+FILES += ["LICENSE", "deploy", "sensor_pipeline", "docker-compose.tls.yml"]
 SECRETS = [f"{name}_password" for name in ("postgres", "owner", "writer", "reader", "dagster")]
 PROFILES = ["--profile=demo", "--profile=monitoring"]
 PATIENCE_SECONDS = 600
@@ -36,19 +36,24 @@ def no_daemon() -> str | None:
 
 
 class Stack:
-    """A project of the compose file, in a folder and with secrets of its own."""
+    """A project of the compose file, or of several, in a folder and with secrets of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, files: str = "docker-compose.yml", more_secrets: Sequence[str] = ()) -> None:
         for name in FILES:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)
         self.folder = folder
-        self.secrets = {name: secrets.token_hex(16) for name in SECRETS}
-        (folder / "secrets").mkdir()
+        self.secrets = {name: secrets.token_hex(16) for name in (*SECRETS, *more_secrets)}
+        (folder / "secrets").mkdir(mode=0o700)
         for name, text in self.secrets.items():
             (folder / "secrets" / name).write_text(f"{text}\n")
         self.ui = f"http://127.0.0.1:{(port := ports.any_free())}"
-        self._env = {**os.environ, "UI_PORT": str(port), "COMPOSE_PROJECT_NAME": f"sensor-pipeline-test-{port}"}
+        self._env = {
+            **os.environ,
+            "UI_PORT": str(port),
+            "COMPOSE_FILE": files,
+            "COMPOSE_PROJECT_NAME": f"sensor-pipeline-test-{port}",
+        }
 
     def compose(self, *arguments: str, check: bool = True) -> str:
         """Run `docker compose`; what it printed."""
