@@ -29,7 +29,7 @@ os.environ["DAGSTER_DISABLE_TELEMETRY"] = "yes"
 
 
 # Of two processes neither shall begin on one of these when the other has nothing left.
-_LONGEST = ("test_state_machine.py", "test_any_history.py", "test_outages.py", "test_concurrency.py", "test_dagster.py")
+_LONGEST = ("test_state_machine.py", "test_points.py", "test_any_history.py", "test_outages.py", "test_concurrency.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ ORDER = [
     "drain: after the first chunk",
     "drain: after the end",
     "drain: detected",
-    "write: CREATE TABLE readings_DAY",
+    "write: SELECT make_readings_day",
     "write: SELECT kafka_partition FROM ingested_offsets",
     "write: COPY without its end",
     "write: UPDATE ingested_offsets",
