@@ -293,14 +293,19 @@ def test_recompute_mends_above_and_leaves_what_was_dropped(
 def test_a_drop_that_was_cut_off_is_finished_by_the_next(
     database_settings: Settings, database: Database, log: OldLog, monkeypatch: Any
 ) -> None:
-    publish(log, (0, False), (1, False), (2, False))
+    publish(log, (0, True), (0.5, False), (1, True), (1.5, False), (2, False))
     ingest_all(log)
+    failures_before = failures(database_settings)
+    drop(database, TODAY)
     monkeypatch.setattr(days, "_DROP", sa.text("SELECT 1 / 0"))
     with pytest.raises(Exception, match="division by zero"):
         drop(database, TODAY + timedelta(days=2))
     monkeypatch.undo()
+    # What is rejected from now on is still there.
     assert not wrong_with(database)
-    assert drop(database, TODAY + timedelta(days=2)) == days.Dropped(2, TODAY + timedelta(days=2))
+    assert [mended for _, mended in Recompute(database).run()] == [None]
+    assert drop(database, TODAY + timedelta(days=2)) == days.Dropped(4, TODAY + timedelta(days=2))
+    assert failures(database_settings) == failures_before
     assert not wrong_with(database)
 
 
@@ -316,6 +321,25 @@ def test_a_query_on_readings_makes_the_drop_give_up_and_lose_nothing(
         assert len(days_there(database_settings)) == 3
     assert drop(database, TODAY + timedelta(days=1)).readings == 1
     assert not wrong_with(database)
+
+
+def test_who_verifies_sees_all_of_a_drop_or_nothing_of_it(
+    database_settings: Settings, database: Database, log: OldLog
+) -> None:
+    publish(log, (0, True), (1, True), (2, False))
+    ingest_all(log)
+    drop(database, TODAY)
+    with database.begin() as connection:
+        connection.execute(sa.text("SELECT keep_readings_from(:day)"), {"day": TODAY + timedelta(days=1)})
+    found: list[Any] = []
+    with connect(database_settings).begin() as dropping:
+        dropping.execute(sa.text("LOCK TABLE readings IN ACCESS EXCLUSIVE MODE"))
+        looking = threading.Thread(target=lambda: found.append(wrong_with(database)))
+        looking.start()
+        until(lambda: sessions(database_settings, waiting=True))
+        dropping.execute(sa.text("SELECT drop_readings()"))
+    looking.join(60)
+    assert found == [[]]
 
 
 def test_a_batch_that_is_being_written_is_waited_for_and_its_readings_are_dropped_too(

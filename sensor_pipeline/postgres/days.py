@@ -29,7 +29,7 @@ _MAKE = sa.text("SELECT make_readings_day(:day)")
 
 _HOLD_KEPT = sa.text("SELECT pg_advisory_xact_lock_shared(7360712917)")
 _KEPT_FROM = sa.text("SELECT kept_from FROM readings_horizon")
-_IS_TO_DROP = sa.text("SELECT kept_from IS NOT NULL AND dropped_at IS NULL FROM readings_horizon")
+_IS_TO_DROP = sa.text("SELECT kept_from IS DISTINCT FROM dropped_before FROM readings_horizon")
 _KEEP_FROM = sa.text("SELECT keep_readings_from(:day)")
 _DROP = sa.text("SELECT drop_readings()")
 

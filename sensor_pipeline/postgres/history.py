@@ -11,16 +11,16 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-# From this moment on all readings are kept. A failure that reaches into that time has its first and last reading from
+# From this moment on all readings are there. A failure that reaches into that time has its first and last reading from
 # before it still; of one that ended before, all were dropped, and nothing can be said about it any more.
-KEPT_FROM = "(SELECT coalesce(kept_from::timestamp AT TIME ZONE 'UTC', '-infinity') FROM readings_horizon)"
+_THERE_FROM = "(SELECT coalesce(dropped_before::timestamp AT TIME ZONE 'UTC', '-infinity') FROM readings_horizon)"
 
-# Machines with when they were first and last seen by their readings; what was seen before these are kept is taken as it
+# Machines with when they were first and last seen by their readings; what was seen before these are there is taken as it
 # stands.
 SEEN_BY_READINGS = f"""
     machines CROSS JOIN LATERAL (
-        SELECT CASE WHEN first_seen < {KEPT_FROM} THEN least(first_seen, first) ELSE first END AS first,
-               CASE WHEN last_seen < {KEPT_FROM} THEN greatest(last_seen, last) ELSE last END AS last
+        SELECT CASE WHEN first_seen < {_THERE_FROM} THEN least(first_seen, first) ELSE first END AS first,
+               CASE WHEN last_seen < {_THERE_FROM} THEN greatest(last_seen, last) ELSE last END AS last
         FROM (
             SELECT min("timestamp") AS first, max("timestamp") AS last FROM readings WHERE machine_id = machines.id
         ) AS stored
@@ -57,7 +57,7 @@ _STORED = sa.text(f"""
     SELECT id, start_time AS start, last_failing_time AS last, end_time AS end FROM failures
     WHERE machine_id = :machine AND start_time > coalesce(CAST(:after AS timestamptz), '-infinity')
         AND start_time <= coalesce(CAST(:until AS timestamptz), 'infinity')
-        AND coalesce(end_time, 'infinity') >= {KEPT_FROM}
+        AND coalesce(end_time, 'infinity') >= {_THERE_FROM}
     ORDER BY start_time, id
 """)
 _POINT = sa.text(f"""

@@ -7,12 +7,13 @@ revision = "0006"
 down_revision = "0005"
 
 TABLES = """
-ALTER TABLE readings_horizon ADD COLUMN kept_from date, ADD COLUMN dropped_at timestamptz;
+ALTER TABLE readings_horizon ADD COLUMN kept_from date, ADD COLUMN dropped_before date;
 COMMENT ON COLUMN readings_horizon.horizon IS 'From this day (UTC) on each day has a partition of its own.';
 COMMENT ON COLUMN readings_horizon.kept_from IS
-    'Readings before this day (UTC) are rejected, and dropped but for the first and the last failing one of each '
-    'failure that reaches into it; null: none ever were.';
-COMMENT ON COLUMN readings_horizon.dropped_at IS 'When what lies before kept_from was dropped; null: not yet.';
+    'Readings before this day (UTC) are rejected; null: none ever were.';
+COMMENT ON COLUMN readings_horizon.dropped_before IS
+    'Readings before this day (UTC) were dropped but for the first and the last failing one of each failure that '
+    'reaches into it; null: none ever were. It follows kept_from.';
 
 CREATE TABLE dropped_readings (
     topic_id smallint NOT NULL REFERENCES topics (id),
@@ -57,8 +58,8 @@ CREATE FUNCTION keep_readings_from(day date) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(7360712917);
-    UPDATE readings_horizon SET kept_from = day, dropped_at = NULL
-    WHERE day >= horizon AND (kept_from IS NULL OR (day > kept_from AND dropped_at IS NOT NULL));
+    UPDATE readings_horizon SET kept_from = day
+    WHERE day >= horizon AND (kept_from IS NULL OR (day > kept_from AND kept_from = dropped_before));
     RETURN FOUND;
 END $$;
 COMMENT ON FUNCTION keep_readings_from IS
@@ -73,7 +74,7 @@ DECLARE
     dropped bigint;
 BEGIN
     PERFORM pg_advisory_xact_lock(7360712918);
-    SELECT kept_from INTO day FROM readings_horizon WHERE dropped_at IS NULL;
+    SELECT kept_from INTO day FROM readings_horizon WHERE kept_from IS DISTINCT FROM dropped_before;
     IF day IS NULL THEN
         RETURN 0;
     END IF;
@@ -117,7 +118,7 @@ BEGIN
     WHERE (d.topic_id, d.kafka_partition, d.kept_from) = (kept.topic_id, kept.kafka_partition, day);
     DELETE FROM dropped_readings WHERE kept_from = day AND readings = 0;
     SELECT coalesce(sum(readings), 0) INTO dropped FROM dropped_readings WHERE kept_from = day;
-    UPDATE readings_horizon SET horizon = day, dropped_at = now();
+    UPDATE readings_horizon SET horizon = day, dropped_before = day;
     RETURN dropped;
 END $$;
 COMMENT ON FUNCTION drop_readings IS
