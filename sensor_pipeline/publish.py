@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 from types import TracebackType
@@ -157,6 +158,8 @@ class Publisher:
         except BufferError:
             return False
         except KafkaException as failure:
+            if failure.args[0].code() == KafkaError._FATAL:
+                self._hear(self._producer.poll, _POLL_SECONDS)  # which says why
             raise self._undelivered(1, failure.args[0]) from failure
         self._sent += 1
         return True
@@ -190,13 +193,18 @@ class Publisher:
     def _hear(self, reports: Callable[[float], object], seconds: float) -> None:
         try:
             reports(seconds)
-        except KafkaException as failure:  # nothing can be delivered any more
-            raise self._undelivered(self.pending, failure.args[0]) from failure
+        except (KafkaException, SystemError) as failure:  # nothing can be delivered any more
+            # The client's C code (as of 2.16) calls back on with the error set, which Python takes amiss.
+            error = failure.__cause__ if isinstance(failure, SystemError) else failure
+            if not isinstance(error, KafkaException):
+                raise
+            raise self._undelivered(self.pending, error.args[0]) from failure
 
     def _abandon(self) -> None:
         """Drop what is queued and learn, within limits, what became of what is on its way."""
         self._producer.purge(in_flight=False)
-        self._producer.flush(_ABANDON_SECONDS)
+        with suppress(SensorPipelineError):  # another one is under way
+            self._hear(self._producer.flush, _ABANDON_SECONDS)
         self._producer.purge()
 
     def _check_patience(self) -> None:

@@ -16,6 +16,7 @@ import pytest
 from confluent_kafka.admin import AclOperation, ResourceType
 from dagster import DagsterInstance
 
+from sensor_pipeline import publish
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.cli import main
 from sensor_pipeline.embedded import ports
@@ -381,3 +382,23 @@ def test_who_may_not_publish_is_told_so(
     assert code == 1
     assert f"may not write to topic {plain.kafka_topics[0]}" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("served_between", [True, False])
+def test_who_may_not_publish_is_told_so_whenever_it_is_found(
+    plain: Settings, tls_broker: TlsBroker, certificates: dict[str, Path], served_between: bool
+) -> None:
+    """By the send after, by the look at what was delivered, or while what is queued is dropped."""
+    reader = tls_broker.settings(plain, PIPELINE, certificates["authority"])
+    (topic,) = plain.kafka_topics
+
+    def send() -> None:
+        with publish.Publisher(reader, topic) as publisher:
+            for _ in range(20):
+                publisher.send(b"{}")
+                time.sleep(0.4)
+                if served_between:
+                    publisher.serve()
+
+    with pytest.raises(ConfigurationError, match=f"may not write to topic {topic}"):
+        send()

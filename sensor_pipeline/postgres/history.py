@@ -15,8 +15,8 @@ import sqlalchemy as sa
 # before it still; of one that ended before, all were dropped, and nothing can be said about it any more.
 _THERE_FROM = "(SELECT coalesce(dropped_before::timestamp AT TIME ZONE 'UTC', '-infinity') FROM readings_horizon)"
 
-# Machines with when they were first and last seen by their readings; what was seen before these are there is taken as it
-# stands.
+# Machines with when they were first and last seen by their readings; what was seen before these are there is taken as
+# it stands.
 SEEN_BY_READINGS = f"""
     machines CROSS JOIN LATERAL (
         SELECT CASE WHEN first_seen < {_THERE_FROM} THEN least(first_seen, first) ELSE first END AS first,

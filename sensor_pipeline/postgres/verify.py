@@ -22,7 +22,7 @@ from sensor_pipeline.postgres.history import (
     widen,
 )
 
-# All statements of a transaction that begins so see one state. The lock comes before the snapshot, as partitions that are
+# All statements of a transaction that begins so see one state. The lock comes before the snapshot: partitions that are
 # dropped after it was taken would be gone from it, and what is kept of them not there yet.
 SNAPSHOT = sa.text("""
     SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL jit = off;
