@@ -45,7 +45,7 @@ def test_a_backlog_is_ingested_whichever_of_dagsters_processes_are_killed_meanwh
     publisher = Publisher(settings)
     publish_fleet(publisher, dice, 0, 500 * len(KILLED))
     with deployed(settings, tmp_path / "dagster", max_runtime=MAX_RUNTIME) as deployment:
-        # A batch that was killed at six tries one after the other waits ten minutes for the next.
+        # A batch that was killed at seven tries one after the other waits ten minutes for the next.
         deployment.patience_seconds = amount(DEADLINE_SECONDS, 900)
         for names in dice.sample(KILLED, len(KILLED)):
             if not lag(settings):
