@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from sensor_pipeline.bench.running import Up
@@ -10,8 +9,6 @@ from sensor_pipeline.bench.running import Up
 EVERY_SECONDS = 5
 _RUNS_A_PIECE = 1_440
 _DAY = 86_400
-# What dagster.yaml keeps of a sensor's ticks.
-_TICKS_KEPT_DAYS = 1
 
 _TEMPLATES = """
     CREATE TABLE past_runs AS
@@ -64,20 +61,18 @@ def prepare(up: Up) -> None:
     up.ask(_TEMPLATES)
 
 
-def add(up: Up, days: float, until: float, say: Callable[[str], None]) -> int:
-    """Add runs up to so many days before `until` (seconds since 1970), oldest first, as their ids must be.
+def add_runs(up: Up, days: float, until: float, say: Callable[[str], None], *, ticks: bool = False) -> None:
+    """Add the runs of so many days before `until` (seconds since 1970), oldest first, as their ids must be.
 
-    Returns:
-        How many.
+    Args:
+        ticks: add the sensors' ticks of these days too; dagster.yaml keeps no more than a day of them.
     """
     start = until - days * _DAY
     total = round(days * _DAY / EVERY_SECONDS)
     for first in range(0, total, _RUNS_A_PIECE):
-        at = start + first * EVERY_SECONDS
         runs = min(_RUNS_A_PIECE, total - first)
-        up.ask(_PIECE, {"start": at, "every": EVERY_SECONDS, "runs": runs})
-        if time.time() - at < _TICKS_KEPT_DAYS * _DAY:
+        up.ask(_PIECE, {"start": start + first * EVERY_SECONDS, "every": EVERY_SECONDS, "runs": runs})
+        if ticks:
             up.ask(_TICKS)
         say(f"month: {first + runs:,} of {total:,} runs of the past")
     up.ask("VACUUM ANALYZE")
-    return total

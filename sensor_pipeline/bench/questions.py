@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sensor_pipeline.bench.running import Up
+from sensor_pipeline.errors import UnavailableError
 
 _RUNS = """
     query Runs($filter: RunsFilter) {
@@ -30,6 +31,28 @@ _TICKS = """
         }
     }
 """
+_SENSORS_PAGE = """
+    query Sensor($sensor: SensorSelector!) {
+        sensorOrError(sensorSelector: $sensor) {
+            ... on Sensor {
+                nextTick { timestamp }
+                sensorState {
+                    status runningCount
+                    typeSpecificData { ... on SensorData { lastCursor } }
+                    runs(limit: 1) { id status startTime endTime }
+                    ticks(limit: 1) { timestamp status cursor skipReason runs { id status } }
+                }
+            }
+        }
+        instance { daemonHealth { daemonStatus(daemonType: "SENSOR") { healthy } } }
+    }
+"""
+_TAGS = """
+    query Tags($keys: [String!]!) {
+        runTagKeysOrError { ... on RunTagKeys { keys } }
+        runTagsOrError(tagKeys: $keys) { ... on RunTags { tags { key values } } }
+    }
+"""
 _PLOTS = """
     query Plots($asset: AssetKeyInput!) {
         assetOrError(assetKey: $asset) {
@@ -42,11 +65,15 @@ _PLOTS = """
     }
 """
 _LATEST = "SELECT run_id FROM runs WHERE pipeline_name = 'ingest_batch' AND status = 'SUCCESS' ORDER BY id DESC LIMIT 1"
-_SENSOR = {
-    "repositoryLocationName": "sensor_pipeline",
-    "repositoryName": "__repository__",
-    "name": "backlog_sensor",
-}
+_REPOSITORY = {"repositoryLocationName": "sensor_pipeline", "repositoryName": "__repository__"}
+_LAUNCH = """
+    mutation Launch($run: ExecutionParams!) {
+        launchRun(executionParams: $run) {
+            ... on LaunchRunSuccess { run { runId } }
+            ... on Error { message }
+        }
+    }
+"""
 
 
 def runs(up: Up) -> Any:
@@ -66,7 +93,17 @@ def run(up: Up) -> Any:
 
 def ticks(up: Up) -> Any:
     """The sensor's ticks, with what became of their runs."""
-    return up.ask_ui(_TICKS, sensor=_SENSOR)
+    return up.ask_ui(_TICKS, sensor={**_REPOSITORY, "name": "backlog_sensor"})
+
+
+def sensors_page(up: Up) -> Any:
+    """The sensor itself, with its last tick and its last run."""
+    return up.ask_ui(_SENSORS_PAGE, sensor={**_REPOSITORY, "sensorName": "backlog_sensor"})
+
+
+def tags(up: Up) -> Any:
+    """What the filter of the runs page offers: the tags, and the values of one."""
+    return up.ask_ui(_TAGS, keys=["outcome"])
 
 
 def plots(up: Up) -> Any:
@@ -78,6 +115,21 @@ PAGES: dict[str, Callable[[Up], Any]] = {
     "the runs page": runs,
     "the runs page by a tag": runs_by_tag,
     "a run's page": run,
+    "the sensor's page": sensors_page,
     "the sensor's ticks": ticks,
     "an asset's plots": plots,
+    "the tags to filter by": tags,
 }
+
+
+def launch(up: Up, job: str) -> str:
+    """Launch a job with nothing to configure, as its Launchpad does; the run's id.
+
+    Raises:
+        UnavailableError: with what the web server said instead.
+    """
+    selector = {**_REPOSITORY, "pipelineName": job}
+    answer = up.ask_ui(_LAUNCH, run={"selector": selector, "runConfigData": {}, "mode": "default"})["launchRun"]
+    if "run" not in answer:
+        raise UnavailableError(f"{job} could not be launched: {answer.get('message', answer)}")
+    return str(answer["run"]["runId"])
