@@ -34,19 +34,19 @@ _BATCH_SECONDS = """
 
 
 def idle(site: Site, effort: Effort) -> list[Measured]:
-    """CPU of `sensor-pipeline up` over ten minutes with nothing to ingest, and the batches that it launched."""
+    """CPU of `sensor-pipeline up` over ten minutes with nothing to ingest, and the runs that it launched."""
     with running_up(site, "idle", "--no-simulate") as up:
         effort.say("idle: settling")
         time.sleep(_SETTLING_SECONDS)
-        before, runs, began = up.cpu_seconds(), up.ended_runs(), time.monotonic()
+        before, runs, began = up.cpu_seconds(), up.ask(_RUNS)[0][0], time.monotonic()
         effort.say(f"idle: looking on for {_IDLE_SECONDS} s")
         time.sleep(_IDLE_SECONDS)
-        after, seconds, launched = up.cpu_seconds(), time.monotonic() - began, up.ended_runs() - runs
+        after, seconds, launched = up.cpu_seconds(), time.monotonic() - began, up.ask(_RUNS)[0][0] - runs
     shares = {part: 100 * (after[part] - before[part]) / seconds for part in sorted(after)}
     said = ", ".join(f"{part} {share:.2f} %" for part, share in shares.items())
     return [
         Measured("CPU with nothing to ingest", [sum(shares.values())], "% of a core", Bound(5, 3, False), said),
-        Measured("batches launched with nothing to ingest", [launched], "batches", Bound(0, 0, at_least=False)),
+        Measured("runs launched with nothing to ingest", [launched], "runs", Bound(0, 0, at_least=False)),
     ]
 
 

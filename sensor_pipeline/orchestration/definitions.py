@@ -30,6 +30,10 @@ defs = Definitions(
     assets=build_assets(settings),
     asset_checks=[checks],
     jobs=[job, *repairs, picture_job, house_job],
-    schedules=[build_schedule(checks), picture.build_schedule(picture_job), house.build_schedule(house_job)],
+    schedules=[
+        build_schedule(settings, checks),
+        picture.build_schedule(settings, picture_job),
+        house.build_schedule(settings, house_job),
+    ],
     sensors=[build_sensor(settings, job), build_notice_sensor(settings), build_run_notice_sensor(settings, job)],
 )

@@ -36,10 +36,10 @@ from sensor_pipeline.webhook import Webhook
 
 # A tick has 60 s, and one attempt may still be under way when these are over.
 DELIVERY_SECONDS = 20.0
-_DELIVERY_INTERVAL_SECONDS = 10
+_DELIVERY_INTERVAL_SECONDS = 15
 # Once nothing is left that is too old, it is looked for again after so long.
 _DELETE_SECONDS = 3600.0
-_RUN_INTERVAL_SECONDS = 30
+_RUN_INTERVAL_SECONDS = 60
 _KAFKA_SECONDS = 5
 # More failed runs than these are told by the next ticks.
 _RUNS_AT_ONCE = 50

@@ -19,6 +19,7 @@ from dagster import (
 
 from sensor_pipeline.orchestration.assets import FAILURES, HEALTH
 from sensor_pipeline.orchestration.explained import failures_explained
+from sensor_pipeline.orchestration.unchanged import unless_seen
 from sensor_pipeline.postgres.database import Database
 from sensor_pipeline.postgres.figures import failures_between
 from sensor_pipeline.settings import Settings
@@ -60,12 +61,13 @@ def build_job(settings: Settings) -> JobDefinition:
     return picture_failures
 
 
-def build_schedule(job: JobDefinition) -> ScheduleDefinition:
-    """Once an hour, on from the start."""
+def build_schedule(settings: Settings, job: JobDefinition) -> ScheduleDefinition:
+    """Once an hour, on from the start; where nothing was ingested since, once a day."""
     return ScheduleDefinition(
         name="picture_failures_schedule",
         cron_schedule="5 * * * *",
         job=job,
+        execution_fn=unless_seen(JOB_NAME, Database(settings)),
         default_status=DefaultScheduleStatus.RUNNING,
-        description="Draws the failures of the last day and week, once an hour.",
+        description="Draws the failures of the last day and week: once an hour in which something was ingested.",
     )

@@ -18,20 +18,22 @@ from dagster_postgres.storage import DagsterPostgresStorage
 from dagster_postgres.utils import create_pg_engine, get_token_provider_from_config, pg_url_from_config
 
 from sensor_pipeline.errors import ConfigurationError
+from sensor_pipeline.postgres.lost_connections import replace_lost
 from sensor_pipeline.settings import Settings, with_secrets
 
-# What threads need beside these is closed after use. A connection that was lost, as by a restart of the server, is seen
-# before it is used.
+# What threads need beside these is closed after use.
 _KEPT: dict[str, Any] = {
     "isolation_level": "AUTOCOMMIT",
     "pool_size": 4,
     "max_overflow": -1,
     "pool_use_lifo": True,
-    "pool_pre_ping": True,
     "pool_recycle": 300,
     # It would ask each new connection for a type that Dagster has no use for.
     "use_native_hstore": False,
 }
+# To ask before each use whether a connection is still there was half of all that Dagster asked. It asks in bursts, and
+# within one the first answer holds.
+_TRUSTED_SECONDS = 0.1
 # By process and address: a process's instances and their three storages share the connections, and what is known. One
 # that was forked, such as a worker's, must not share those of its parent.
 _shared: dict[tuple[int, str], tuple[Any, set[str]]] = {}
@@ -62,7 +64,7 @@ class KeptConnections(DagsterPostgresStorage):
                 should_autocreate_tables=not known and config_value.get("should_autocreate_tables", True),
                 token_provider=token_provider,
             )
-            engine, true = _shared[place] if known else (create_pg_engine(url, token_provider, **_KEPT), set())
+            engine, true = _shared[place] if known else (_connect(url, token_provider), set())
             # Whose tokens are whose is not for this module to know.
             if token_provider is None:
                 _shared[place] = engine, true
@@ -79,6 +81,12 @@ class KeptConnections(DagsterPostgresStorage):
         ):
             setattr(part, name, _until_true(getattr(part, name), name, true))
         return storage
+
+
+def _connect(url: str, token_provider: Any) -> Any:
+    engine = create_pg_engine(url, token_provider, **_KEPT)
+    replace_lost(engine, _TRUSTED_SECONDS)
+    return engine
 
 
 def url_of(env: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The tags of a batch's run: what people filter by, and the one by which Dagster keeps lanes apart."""
+"""The tags of runs: what people filter by, and those by which Dagster and the schedules tell them apart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ TOPIC = "topic"
 RANGES = "ranges"
 MACHINES = "machines"
 OUTCOME = "outcome"
+# What there was for the job of a schedule to see when it was launched.
+SEEN = "seen"
 # Dagster's own: seconds after which a run is given up, in place of dagster.yaml's max_runtime_seconds.
 MAX_RUNTIME = "dagster/max_runtime"
 

@@ -18,6 +18,11 @@ _TOTALS = sa.text("""
            (SELECT count(*) FROM failures) AS failures,
            (SELECT count(*) FROM failures WHERE is_active) AS active_failures
 """)
+_INGESTED = sa.text("""
+    SELECT coalesce(sum(readings), 0)::bigint AS readings, coalesce(sum(rejected), 0)::bigint AS rejected,
+           coalesce(sum(no_record), 0)::bigint AS no_record, coalesce(sum(lost), 0)::bigint AS lost
+    FROM ingested_offsets
+""")
 # Up to a hundred thousand rows are counted; beyond that it is the planner's estimate that is cheap at any size.
 _COUNTED = """(
     SELECT CASE WHEN count(*) <= 100000 THEN count(*) ELSE greatest(
@@ -80,6 +85,29 @@ def read_figures(connection: sa.Connection, last_batches: int) -> Figures:
     reasons = {row.reason: row.messages for row in connection.execute(_REASONS)}
     batches = [dict(row._mapping) for row in connection.execute(_LAST_BATCHES, {"count": last_batches})]
     return Figures(**totals._mapping, rejected_by_reason=reasons, last_batches=batches)
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """The ledger's totals of all topics, in offsets: a batch that changed anything changed one of them."""
+
+    readings: int
+    rejected: int
+    no_record: int
+    lost: int
+
+    @property
+    def messages(self) -> int:
+        """How many messages were ever ingested."""
+        return self.readings + self.rejected
+
+    def __str__(self) -> str:
+        return f"readings {self.readings}, rejected {self.rejected}, no record {self.no_record}, lost {self.lost}"
+
+
+def read_ingested(connection: sa.Connection) -> Ingested:
+    """What was ingested until now."""
+    return Ingested(**connection.execute(_INGESTED).one()._mapping)
 
 
 @dataclass(frozen=True)

@@ -119,5 +119,5 @@ def test_a_kafka_that_is_away_fails_one_check_with_one_line_and_the_others_are_a
 
 def test_the_checks_may_take_longer_than_a_batch() -> None:
     """They read all failures, and a run that is given up says nothing of the data."""
-    job = build_schedule(build_checks(Settings())).job
+    job = build_schedule(Settings(), build_checks(Settings())).job
     assert int(job.tags["dagster/max_runtime"]) > 300

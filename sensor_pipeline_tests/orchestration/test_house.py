@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
+from itertools import product
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from dagster import DagsterInstance, DagsterRunStatus, JobDefinition
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteRepositoryOrigin
+from dagster._core.scheduler.instigation import InstigatorState, InstigatorStatus, TickData, TickStatus
+from dagster._utils.error import SerializableErrorInfo
 
 from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.orchestration import house
@@ -140,3 +145,45 @@ def test_the_job_makes_the_coming_days_and_says_what_it_deleted(settings: Settin
         assert connection.scalars(sa.text("SELECT to_regclass(:name) IS NOT NULL"), {"name": name}).one()
     again = job.execute_in_process(instance=instance)
     assert again.success
+
+
+def test_old_ticks_of_the_pipelines_own_sensors_go_and_others_stay(
+    job: JobDefinition, instance: DagsterInstance
+) -> None:
+    now = datetime.now(UTC)
+    here, elsewhere = (
+        RemoteRepositoryOrigin(RegisteredCodeLocationOrigin(name), "__repository__") for name in ("ours", "others")
+    )
+    for location in (here, elsewhere):
+        sensor = location.get_instigator_origin("backlog_sensor")
+        state = InstigatorState(sensor, InstigatorType.SENSOR, InstigatorStatus.DECLARED_IN_CODE)
+        instance.add_instigator_state(state)
+        about: dict[TickStatus, dict[str, Any]] = {
+            TickStatus.SKIPPED: {},
+            TickStatus.SUCCESS: {"run_ids": []},
+            TickStatus.FAILURE: {"error": SerializableErrorInfo("no", [], None)},
+        }
+        for status, days in product(about, (0, 2, 8)):
+            made = (now - timedelta(days=days)).timestamp()
+            of_tick = {"timestamp": made, "selector_id": state.selector_id, "status": status, **about[status]}
+            instance.create_tick(
+                TickData(
+                    instigator_origin_id=state.instigator_origin_id,
+                    instigator_name=state.name,
+                    instigator_type=InstigatorType.SENSOR,
+                    **of_tick,
+                )
+            )
+    run = instance.create_run_for_job(job, remote_job_origin=here.get_job_origin(job.name), job_code_origin=None)
+    house.forget_ticks(instance, run, now)
+    left = instance.get_ticks(*ids(here))
+    kept = {(tick.status, (now - datetime.fromtimestamp(tick.timestamp, UTC)).days) for tick in left}
+    failed = {(TickStatus.FAILURE, 0), (TickStatus.FAILURE, 2)}
+    assert kept == {(TickStatus.SKIPPED, 0), (TickStatus.SUCCESS, 0)} | failed
+    assert len(left) == len(kept)
+    assert len(instance.get_ticks(*ids(elsewhere))) == 9
+
+
+def ids(location: RemoteRepositoryOrigin) -> tuple[str, str]:
+    sensor = location.get_instigator_origin("backlog_sensor")
+    return sensor.get_id(), sensor.get_selector().get_id()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from importlib import resources
 
@@ -10,7 +11,8 @@ import sqlalchemy as sa
 import yaml
 
 from sensor_pipeline.errors import ConfigurationError
-from sensor_pipeline.orchestration.storage import KeptConnections, url_of
+from sensor_pipeline.orchestration.storage import _TRUSTED_SECONDS, KeptConnections, url_of
+from sensor_pipeline.postgres import lost_connections
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.oracle import connect
 from sensor_pipeline_tests.orchestration.jobs import environment_of
@@ -90,7 +92,28 @@ def test_a_connection_that_the_server_ended_is_replaced_unnoticed(
     others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     with connect(database_settings).connect() as connection:
         assert connection.scalars(sa.text(f"SELECT pg_terminate_backend(pid) {others}")).all()
+    time.sleep(_TRUSTED_SECONDS)
     assert storage.run_storage.get_runs() == []
+
+
+def test_whether_a_connection_is_there_is_asked_once_for_many_questions(
+    storage: KeptConnections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = storage.run_storage._engine  # type: ignore[attr-defined]
+    asked: list[object] = []
+    ping = engine.dialect.do_ping
+    monkeypatch.setattr(engine.dialect, "do_ping", lambda connection: asked.append(connection) or ping(connection))
+    monkeypatch.setattr(lost_connections.time, "monotonic", lambda: now)
+    now = 1.0
+    for _ in range(20):
+        storage.run_storage.get_runs()
+    del asked[:]
+    for _ in range(20):
+        storage.run_storage.get_runs()
+    assert asked == []
+    now += 2 * _TRUSTED_SECONDS
+    storage.run_storage.get_runs()
+    assert len(asked) == 1
 
 
 def test_without_a_database_in_its_settings_the_environment_names_it(
