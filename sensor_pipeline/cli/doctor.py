@@ -90,8 +90,13 @@ def _schema(pipeline: Pipeline) -> str:
 
 def _rights(pipeline: Pipeline) -> str:
     user = pipeline.settings.postgres_user
-    with pipeline.database.begin() as connection:
-        missing = missing_rights(connection, WRITER, user)
+    try:
+        with pipeline.database.begin() as connection:
+            missing = missing_rights(connection, WRITER, user)
+    except ConfigurationError:
+        # What an older schema does not have yet would be said to be all of the tables.
+        _schema(pipeline)
+        raise
     if missing:
         raise ConfigurationError(
             f"{user} lacks {', '.join(missing)}; have the owner of the tables grant it: sensor-pipeline migrate "

@@ -66,3 +66,11 @@ def test_a_missing_right_is_named(database_settings: Settings, writer: Settings,
     grant(database_settings, writer, [statement for statement in GRANTS if statement != left_out])
     with pytest.raises(ConfigurationError, match=GRANTS[left_out]):
         _rights(Pipeline(writer))
+
+
+def test_rights_in_an_older_schema_are_not_said_to_be_missing_tables(database_settings: Settings) -> None:
+    with Pipeline(database_settings).database.begin() as connection:
+        connection.exec_driver_sql("DROP FUNCTION drop_readings")
+        connection.exec_driver_sql("UPDATE sensor_pipeline_schema SET version_num = '0005'")
+    with pytest.raises(ConfigurationError, match=r"is at version 0005, this code needs \d+; run: sensor-pipeline"):
+        _rights(Pipeline(database_settings))
