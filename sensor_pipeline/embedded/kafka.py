@@ -45,10 +45,10 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
 broker.session.timeout.ms=5000
-broker.heartbeat.interval.ms=1000
+broker.heartbeat.interval.ms=2000
 metadata.max.idle.interval.ms=10000
 num.io.threads=2
-num.network.threads=2
+num.network.threads=1
 group.coordinator.threads=1
 """
 
@@ -57,6 +57,8 @@ group.coordinator.threads=1
 _JVM = (
     "-Xms256m",
     "-Xmx512m",
+    # G1, which it would take by itself, has threads that look for work all the time, and pays where heaps are large.
+    "-XX:+UseSerialGC",
     "-XX:+ExitOnOutOfMemoryError",
     "-Djava.net.preferIPv4Stack=true",
     "-Dorg.slf4j.simpleLogger.showDateTime=true",

@@ -29,6 +29,7 @@ WEBSERVER = "webserver"
 DAEMON = "daemon"
 SIMULATOR = "simulator"
 LOST_RUNS = "lost-runs"
+_SELDOM_ASKING = "sensor_pipeline.embedded.seldom_asking"
 NAMES = (SIMULATOR, DAEMON, WEBSERVER, CODE_SERVER, LOST_RUNS)
 
 
@@ -121,13 +122,14 @@ def code_server(port: int, *, data_dir: Path, env: Mapping[str, str]) -> PythonS
 
 def webserver(port: int, *, data_dir: Path, env: Mapping[str, str]) -> PythonService:
     """The UI."""
-    arguments = ["dagster_webserver", "--host", ports.LOOPBACK, "--port", str(port), "-w", str(_workspace(data_dir))]
+    place = ["--host", ports.LOOPBACK, "--port", str(port)]
+    arguments = [_SELDOM_ASKING, "dagster_webserver", *place, "-w", str(_workspace(data_dir))]
     return PythonService(WEBSERVER, arguments, data_dir=data_dir, env=env, is_ready=lambda: _answers(port))
 
 
 def daemon(*, data_dir: Path, env: Mapping[str, str]) -> PythonService:
     """The process that ticks the sensor, and takes runs from the queue."""
-    arguments = ["dagster._daemon", "run", "-w", str(_workspace(data_dir))]
+    arguments = [_SELDOM_ASKING, "dagster._daemon", "run", "-w", str(_workspace(data_dir))]
     return PythonService(DAEMON, arguments, data_dir=data_dir, env=env)
 
 

@@ -647,3 +647,30 @@ def test_the_batch_log_has_the_seconds_of_the_write(database_settings: Settings)
     with Database(database_settings).begin() as connection:
         timings = connection.exec_driver_sql("SELECT timings FROM batches").scalar_one()
     assert timings["write"] > 0
+
+
+def backend(database: Database) -> int:
+    with database.begin() as connection:
+        return int(connection.scalars(sa.text("SELECT pg_backend_pid()")).one())
+
+
+def test_each_transaction_has_a_connection_of_its_own_unless_some_are_kept(database_settings: Settings) -> None:
+    own, kept = Database(database_settings), Database(database_settings, kept=1)
+    assert backend(own) != backend(own)
+    assert backend(kept) == backend(kept)
+
+
+def test_a_kept_connection_that_was_lost_is_replaced_unnoticed(database_settings: Settings) -> None:
+    own, kept = Database(database_settings), Database(database_settings, kept=1)
+    lost = backend(kept)
+    with own.begin() as connection:
+        assert connection.scalars(sa.text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": lost}).one()
+    assert backend(kept) != lost
+
+
+def test_a_transaction_that_failed_leaves_nothing_behind_on_a_kept_connection(database_settings: Settings) -> None:
+    kept = Database(database_settings, kept=1)
+    with pytest.raises(DataError), kept.begin() as connection:
+        connection.execute(sa.text("SET timezone = 'Asia/Tokyo'; SELECT 1 / 0"))
+    with kept.begin() as connection:
+        assert connection.scalars(sa.text("SHOW timezone")).one() == "UTC"
