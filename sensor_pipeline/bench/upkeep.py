@@ -125,7 +125,9 @@ def _deleting(up: Up, effort: Effort) -> tuple[float, list[float]]:
     while not (ended := up.ask(_RUN_SECONDS, [run_id])):
         time.sleep(_POLL_SECONDS)
     deleted = there - up.ask(_OF_THEM, [last])[0][0]
-    return deleted / float(ended[0][0]), [float(row[0]) for row in up.ask(_BATCH_SECONDS, [began])]
+    while not (batches := up.ask(_BATCH_SECONDS, [began])):
+        time.sleep(_POLL_SECONDS)
+    return deleted / float(ended[0][0]), [float(row[0]) for row in batches]
 
 
 def _await_runs(up: Up, runs: int, effort: Effort) -> None:
