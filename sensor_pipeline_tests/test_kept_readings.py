@@ -282,7 +282,8 @@ def test_recompute_mends_above_and_leaves_what_was_dropped(
     right = failures(database_settings)
     assert right == [(0, 0, 0.5), (1, 3, 4), (5, 5, 6)]
     with database.begin() as connection:
-        connection.execute(sa.text("UPDATE failures SET end_time = end_time + interval '1 h' WHERE end_time > now()"))
+        statement = "UPDATE failures SET end_time = end_time + interval '1 h' WHERE end_time > :kept_from"
+        connection.execute(sa.text(statement), {"kept_from": TODAY + timedelta(days=3)})
         connection.execute(sa.text("UPDATE machines SET last_seen = last_seen - interval '1 hour'"))
     assert wrong_with(database)
     assert [mended is not None for _, mended in Recompute(database).run()] == [True]
