@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import urllib.error
 import urllib.request
@@ -128,12 +127,17 @@ class Ui:
         return self._next_run(run)
 
     def steps(self, run: str, count: int) -> list[str]:
-        """The steps that a run's chart shows, by name, once it shows so many: it draws one after the other."""
+        """The steps that a run's chart shows, by name, once it shows so many: it is drawn again and again at first."""
         self.open_run(run)
         self.page.get_by_text("Success", exact=True).first.wait_for()
-        shown = self.page.locator(".chart-element", has_text=re.compile(r"\S"))
-        shown.nth(count - 1).wait_for()
-        return sorted(text.strip() for text in shown.all_inner_texts())
+        shown: list[str] = []
+        for _ in range(60):
+            texts = self.page.locator(".chart-element").all_inner_texts()
+            shown = sorted(text.strip() for text in texts if text.strip())
+            if len(shown) >= count:
+                break
+            self.page.wait_for_timeout(500)
+        return shown
 
     def _next_run(self, run: str) -> str:
         self.page.wait_for_url(lambda url: "/runs/" in url and run not in url)
