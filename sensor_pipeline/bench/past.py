@@ -65,7 +65,7 @@ def add_runs(up: Up, days: float, until: float, say: Callable[[str], None], *, t
     """Add the runs of so many days before `until` (seconds since 1970), oldest first, as their ids must be.
 
     Args:
-        ticks: add the sensors' ticks of these days too; dagster.yaml keeps no more than a day of them.
+        ticks: add the sensors' ticks of these days too; keep_house keeps no more than a day of them.
     """
     start = until - days * _DAY
     total = round(days * _DAY / EVERY_SECONDS)

@@ -1,7 +1,7 @@
 """Once an hour: what is too old to be kept is deleted, and the coming days' partitions are made.
 
-Dagster keeps its runs and their events for ever. Of ticks it would delete old ones by itself, at the end of each tick,
-which were a tenth of its daemon's statements: dagster.yaml leaves those of sensors to this job.
+Dagster keeps its runs and their events for ever. Of ticks it deletes old ones by itself, at the end of each tick, with
+a statement for each number of days: dagster.yaml names one, and this job deletes most of them earlier.
 """
 
 import time
