@@ -166,6 +166,40 @@ def test_a_batch_takes_as_many_statements_and_connections_for_many_readings_as_f
     assert beside / 8_000 < MOST_BYTES_BESIDE_VALUES
 
 
+def test_a_batch_of_many_machines_sends_its_arrays_whole_and_updates_the_machines_on_their_pages(
+    database_settings: Settings,
+) -> None:
+    """A list would be parsed element by element, and a row that moves to another page is written to each index."""
+    machines, batches = 500, 8
+    log = Log(database_settings, "readings", "readings-id")
+    longest = 0
+
+    def note(connection: object, cursor: object, statement: str, arguments: dict[str, object], *_: object) -> None:
+        nonlocal longest
+        longest = max([longest, *(len(value) for value in arguments.values() if isinstance(value, list))])
+
+    def index_bytes() -> list[int]:
+        with log.pipeline.database.begin() as connection:
+            found = connection.exec_driver_sql(
+                "SELECT pg_relation_size(indexrelid) FROM pg_index WHERE indrelid = 'machines'::regclass"
+            )
+            return list(found.scalars())
+
+    def ingest(second: int) -> None:
+        for machine in range(machines):
+            log.publish(0, message(f"m{machine}", second, failing=second % 2 == 1))
+        log.ingest([OffsetRange(0, second * machines, (second + 1) * machines)])
+
+    ingest(0)
+    before = index_bytes()
+    sa.event.listen(log.pipeline.database._engine, "before_cursor_execute", note)
+    for second in range(1, batches):
+        ingest(second)
+    assert len(before) == 2
+    assert index_bytes() == before
+    assert longest < machines / 10
+
+
 def test_notices_take_a_batch_one_statement_and_only_where_there_are_some(database_settings: Settings) -> None:
     log = Log(database_settings, "readings", "readings-id")
     said: list[str] = []

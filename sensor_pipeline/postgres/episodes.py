@@ -16,10 +16,10 @@ import sqlalchemy as sa
 
 from sensor_pipeline.failures import NONE, ORDER, Probes, Recomputed, edges, probes, recompute
 from sensor_pipeline.notices import changes
+from sensor_pipeline.postgres.arrays import array, datetimes, time_array
 from sensor_pipeline.postgres.failure_rows import (
     FAILURE,
     UTC_MICROSECONDS,
-    datetimes,
     failure_frame,
     read_failures,
     store_failures,
@@ -128,7 +128,7 @@ def settle(
     late_machines = machine[is_late].unique()
     matters = batch["has_failure"] | batch["ends"] | batch["first"] | machine.isin(late_machines)
     in_order = np.setdiff1d(machine.unique(), late_machines)
-    active = read_failures(connection, _ACTIVE, machines=in_order.tolist())
+    active = read_failures(connection, _ACTIVE, machines=array(in_order))
     spans = batch[machine.isin(late_machines)].groupby("machine")["timestamp"].agg(["min", "max"])
     until = max((last_seen[m] for m in late_machines), default=None)
     late_failures, late_readings = _late(connection, batch[is_late], spans, topic_ranks, until)
@@ -155,9 +155,9 @@ def _late(
     known = read_failures(
         connection,
         _TOUCHED,
-        machines=spans.index.tolist(),
-        earliest=datetimes(spans["min"]),
-        latest=datetimes(spans["max"]),
+        machines=array(spans.index),
+        earliest=time_array(spans["min"]),
+        latest=time_array(spans["max"]),
     )
     moments = _neighbours(connection, probes(late, known), known, until)
     readings = _reading_frame([], topic_ranks)
@@ -166,7 +166,7 @@ def _late(
         readings = readings[~readings.index.duplicated()]
         # A neighbour may belong to a failure that no late reading lies in: it is needed whole.
         found = set(readings["failure_id"]) - {NONE} - set(known["id"])
-        joined = read_failures(connection, _BY_ID, ids=sorted(found)) if found else failure_frame([])
+        joined = read_failures(connection, _BY_ID, ids=array(found)) if found else failure_frame([])
         known = pd.concat([known, joined], ignore_index=True)
         moments = edges(joined)
     return known, readings
@@ -212,12 +212,12 @@ def _repoint(connection: sa.Connection, recomputed: Recomputed, episodes: pd.Dat
     connection.execute(
         _REPOINT_ONE,
         {
-            "ids": moved.index.tolist(),
-            "machines": moved["machine"].tolist(),
-            "moments": datetimes(moved["timestamp"]),
+            "ids": array(moved.index),
+            "machines": array(moved["machine"]),
+            "moments": time_array(moved["timestamp"]),
             "first": moved["timestamp"].min().to_pydatetime(),
             "last": moved["timestamp"].max().to_pydatetime(),
-            "failures": moved["new"].tolist(),
+            "failures": array(moved["new"]),
         },
     )
     for episode, old in moved[["episode", "failure_id"]].drop_duplicates().itertuples(index=False):
@@ -269,8 +269,8 @@ def _reading_frame(rows: Iterable[Any], topic_ranks: Mapping[int, int]) -> pd.Da
 def _probe_arguments(frame: pd.DataFrame) -> dict[str, Any]:
     moments = frame["timestamp"]
     return {
-        "machines": frame["machine"].tolist(),
-        "moments": datetimes(moments),
+        "machines": array(frame["machine"]),
+        "moments": time_array(moments),
         "first": moments.min().to_pydatetime(),
         "last": moments.max().to_pydatetime(),
     }

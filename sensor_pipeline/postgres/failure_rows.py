@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from sensor_pipeline.failures import NONE
+from sensor_pipeline.postgres.arrays import array, time_array
 
 UTC_MICROSECONDS = "datetime64[us, UTC]"
 
@@ -83,7 +83,7 @@ def store_failures(
         old, new = before[edge].reset_index(drop=True), episodes[edge].reset_index(drop=True)
         same &= ((old == new) | (old.isna() & new.isna())).to_numpy()
     if vanished:
-        connection.execute(_DELETE, {"ids": vanished})
+        connection.execute(_DELETE, {"ids": array(vanished)})
     is_changed = ~is_new & ~same
     if is_changed.any():
         connection.execute(_UPDATE, _arguments(episodes[is_changed]))
@@ -103,17 +103,11 @@ def to_frame(rows: Iterable[Any], columns: Mapping[str, str]) -> pd.DataFrame:
     )
 
 
-def datetimes(column: pd.Series[pd.Timestamp]) -> list[datetime | None]:
-    """Timestamps as the driver takes them."""
-    moments: NDArray[np.object_] = column.dt.to_pydatetime().to_numpy(dtype=object)
-    return [None if moment is pd.NaT else moment for moment in moments]
-
-
 def _arguments(episodes: pd.DataFrame) -> dict[str, Any]:
     return {
-        "ids": episodes["id"].tolist(),
-        "machines": episodes["machine"].tolist(),
-        "starts": datetimes(episodes["start"]),
-        "lasts": datetimes(episodes["last"]),
-        "ends": datetimes(episodes["end"]),
+        "ids": array(episodes["id"]),
+        "machines": array(episodes["machine"]),
+        "starts": time_array(episodes["start"]),
+        "lasts": time_array(episodes["last"]),
+        "ends": time_array(episodes["end"]),
     }

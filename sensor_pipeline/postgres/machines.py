@@ -8,6 +8,8 @@ from datetime import datetime
 import pandas as pd
 import sqlalchemy as sa
 
+from sensor_pipeline.postgres.arrays import array, time_array
+
 _KNOWN = sa.text("SELECT id, machine_id FROM machines WHERE machine_id = ANY (CAST(:names AS text[]))")
 _ADD = sa.text("""
     INSERT INTO machines (machine_id, first_seen, last_seen)
@@ -32,7 +34,7 @@ _SEE = sa.text("""
 
 def known(connection: sa.Connection, names: Sequence[str]) -> dict[str, int]:
     """`machines.id` by name, of those that are there."""
-    return {row.machine_id: row.id for row in connection.execute(_KNOWN, {"names": list(names)})}
+    return {name: machine for machine, name in connection.execute(_KNOWN, {"names": array(names)})}
 
 
 def spans(readings: pd.DataFrame) -> pd.DataFrame:
@@ -42,27 +44,27 @@ def spans(readings: pd.DataFrame) -> pd.DataFrame:
 
 def add(connection: sa.Connection, spans: pd.DataFrame) -> set[int]:
     """Make machines, by name in order of name; returns the ids of those that another batch has not made meanwhile."""
-    return set(connection.scalars(_ADD, {"names": spans.index.tolist()} | _ends(spans)))
+    return set(connection.scalars(_ADD, {"names": array(spans.index)} | _ends(spans)))
 
 
 def lock(connection: sa.Connection, ids: Sequence[int]) -> None:
     """Lock machines in order of id: whoever has them is alone with their failures."""
-    connection.execute(_LOCK, {"ids": list(ids)})
+    connection.execute(_LOCK, {"ids": array(ids)})
 
 
 def last_seen(connection: sa.Connection, ids: Sequence[int], *, made: Collection[int]) -> dict[int, datetime]:
     """The latest event time of each machine before this batch; those that it has `made` had none."""
-    rows = connection.execute(_LAST_SEEN, {"ids": list(ids)})
-    return {row.id: row.last_seen for row in rows if row.id not in made}
+    rows = connection.execute(_LAST_SEEN, {"ids": array(ids)})
+    return {machine: moment for machine, moment in rows if machine not in made}
 
 
 def see(connection: sa.Connection, spans: pd.DataFrame) -> None:
     """Widen when machines, by id, were first and last seen."""
-    connection.execute(_SEE, {"ids": spans.index.tolist()} | _ends(spans))
+    connection.execute(_SEE, {"ids": array(spans.index)} | _ends(spans))
 
 
-def _ends(spans: pd.DataFrame) -> dict[str, list[datetime]]:
+def _ends(spans: pd.DataFrame) -> dict[str, str]:
     return {
-        "firsts": spans["min"].dt.to_pydatetime().tolist(),
-        "lasts": spans["max"].dt.to_pydatetime().tolist(),
+        "firsts": time_array(spans["min"]),
+        "lasts": time_array(spans["max"]),
     }

@@ -16,7 +16,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from sensor_pipeline.notices import Kind, MachineChange, Notice, RunNotice
-from sensor_pipeline.postgres.failure_rows import datetimes
+from sensor_pipeline.postgres.arrays import array, time_array
 
 _IS_OLD = "event_time < statement_timestamp() - CAST(:max_age AS interval)"
 _OUTCOME = f"CASE WHEN {_IS_OLD} THEN 'old' END, CASE WHEN {_IS_OLD} THEN statement_timestamp() END"
@@ -113,12 +113,12 @@ def add_changes(connection: sa.Connection, told: pd.DataFrame, max_age: timedelt
     connection.execute(
         _ADD_CHANGES,
         {
-            "kinds": told["kind"].tolist(),
-            "machines": told["machine"].tolist(),
-            "failures": told["id"].tolist(),
-            "starts": datetimes(told["start"]),
-            "ends": datetimes(told["end"]),
-            "moments": datetimes(told["at"]),
+            "kinds": array(told["kind"]),
+            "machines": array(told["machine"]),
+            "failures": array(told["id"]),
+            "starts": time_array(told["start"]),
+            "ends": time_array(told["end"]),
+            "moments": time_array(told["at"]),
             "max_age": max_age,
         },
     )
