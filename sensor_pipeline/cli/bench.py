@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sensor_pipeline.bench.measured import Measured
 
 _ROUNDS, _READINGS, _STEADY_SECONDS = 5, 1_000_000, 600
-_QUICK_ROUNDS, _QUICK_READINGS = 3, 200_000
+_QUICK_ROUNDS, _QUICK_READINGS = 3, 150_000
 
 
 @click.command("bench")

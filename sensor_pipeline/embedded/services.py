@@ -29,6 +29,8 @@ WEBSERVER = "webserver"
 DAEMON = "daemon"
 SIMULATOR = "simulator"
 LOST_RUNS = "lost-runs"
+# What the command line of a run's process has, whether it was forked (see orchestration/forked_runs.py) or started.
+RUN = "--multiprocessing-fork"
 _SELDOM_ASKING = "sensor_pipeline.embedded.seldom_asking"
 NAMES = (SIMULATOR, DAEMON, WEBSERVER, CODE_SERVER, LOST_RUNS)
 
@@ -147,7 +149,7 @@ def simulator(machines: int, rate: float, *, data_dir: Path, env: Mapping[str, s
 def is_run(process: psutil.Process) -> bool:
     """Whether a process that carries the code server's mark executes a run."""
     try:
-        return "--multiprocessing-fork" in process.cmdline()
+        return RUN in " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return False
 

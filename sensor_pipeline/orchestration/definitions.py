@@ -13,12 +13,14 @@ from sensor_pipeline.orchestration import house, picture
 from sensor_pipeline.orchestration.assets import build_assets
 from sensor_pipeline.orchestration.checks import JOB_NAME as CHECK_JOB
 from sensor_pipeline.orchestration.checks import build_checks, build_schedule
+from sensor_pipeline.orchestration.forked_runs import fork_runs
 from sensor_pipeline.orchestration.job import build_job
 from sensor_pipeline.orchestration.notices import build_notice_sensor, build_run_notice_sensor
 from sensor_pipeline.orchestration.repair import build_recompute_job, build_replay_job
 from sensor_pipeline.orchestration.sensor import build_sensor
 from sensor_pipeline.settings import Settings
 
+fork_runs()
 settings = Settings.from_env(os.environ)
 job = build_job(settings)
 checks = build_checks(settings)

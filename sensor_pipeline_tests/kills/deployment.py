@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from sensor_pipeline.embedded import ports
+from sensor_pipeline.embedded import ports, services
 from sensor_pipeline.settings import Settings
 from sensor_pipeline_tests.acceptance.commands import BIN, DEADLINE_SECONDS, environment
 from sensor_pipeline_tests.kafka.inspecting import query
@@ -100,7 +100,7 @@ class Deployment:
 
     def run_processes(self) -> list[psutil.Process]:
         """The processes that execute batches, whoever started them; what a schedule launches is none of these."""
-        processes = [process for process in self._all() if "--multiprocessing-fork" in _cmdline(process)]
+        processes = [process for process in self._all() if services.is_run(process)]
         # Before the first of them there may be no table to ask.
         of_batches = {int(row[0]) for row in query(self.dagster, _BATCH_PIDS)} if processes else set()
         return [process for process in processes if process.pid in of_batches]
@@ -160,9 +160,3 @@ def _shorter(name: str, shorter: Mapping[str, str]) -> str:
         assert shipped in text
         text = text.replace(shipped, instead)
     return text
-
-
-def _cmdline(process: psutil.Process) -> Sequence[str]:
-    with suppress(psutil.NoSuchProcess):
-        return process.cmdline()
-    return ()
