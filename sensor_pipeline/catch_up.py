@@ -165,15 +165,15 @@ class _Lane:
         return batch
 
     def _look_ahead(self, drain: ThreadPoolExecutor) -> None:
-        while len(self._ahead) < _BATCHES_HELD and not self._stopped and (batch := self._plan_next()):
+        # To look for a next batch takes 30 ms, in which nothing is written: not where it is known that none is left.
+        while len(self._ahead) < _BATCHES_HELD and not self._stopped and not self._is_all_planned:
+            if not (batch := self._plan()):
+                return
             self._ahead.append((batch, drain.submit(self._pipeline.prepare, batch)))
             self._size = min(2 * self._size, self._most)
 
-    def _plan_next(self) -> Batch | None:
-        """The next batch, if anything is left. Looking for it takes 30 ms, in which nothing is written."""
-        return None if self._is_all_planned else self._plan()
-
     def _plan(self) -> Batch | None:
+        """The next batch, if anything is left."""
         p = self._pipeline
         backlog = self._known or read_backlog(p.settings, p.kafka, p.database, self._name, register=True)
         self._known = None

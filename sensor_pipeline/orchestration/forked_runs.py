@@ -1,6 +1,6 @@
 """Runs' processes, forked from one that has imported everything, where Dagster's code server would start each anew.
 
-Importing took each run two seconds of a core, three quarters of the time from its launch to its first op. The process
+Importing took each run two seconds of a core, nine tenths of the time from its launch to its first op. The process
 that they are forked from (multiprocessing's "forkserver") has one thread and no connection, is started with the first
 run, and ends with the code server; a code server that is loaded anew has a new one. Dagster has no setting for it.
 """

@@ -8,11 +8,9 @@ Format: the PostgreSQL documentation of arrays, "Array Input and Output Syntax".
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 
 def array(elements: Iterable[int | str | None]) -> str:
@@ -24,12 +22,6 @@ def time_array(column: pd.Series[pd.Timestamp]) -> str:
     """The same of a column of datetime64[us, UTC]; NaT becomes null."""
     texts = np.datetime_as_string(column.to_numpy("datetime64[us]"), timezone="UTC").tolist()
     return "{" + ",".join("NULL" if text == "NaT" else text for text in texts) + "}"
-
-
-def datetimes(column: pd.Series[pd.Timestamp]) -> list[datetime | None]:
-    """Timestamps as the driver takes them one by one; NaT becomes None."""
-    moments: NDArray[np.object_] = column.dt.to_pydatetime().to_numpy(dtype=object)
-    return [None if moment is pd.NaT else moment for moment in moments]
 
 
 def _element(value: int | str | None) -> str:

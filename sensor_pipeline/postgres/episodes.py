@@ -16,10 +16,11 @@ import sqlalchemy as sa
 
 from sensor_pipeline.failures import NONE, ORDER, Probes, Recomputed, edges, probes, recompute
 from sensor_pipeline.notices import changes
-from sensor_pipeline.postgres.arrays import array, datetimes, time_array
+from sensor_pipeline.postgres.arrays import array, time_array
 from sensor_pipeline.postgres.failure_rows import (
     FAILURE,
     UTC_MICROSECONDS,
+    datetimes,
     failure_frame,
     read_failures,
     store_failures,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,12 @@ def to_frame(rows: Iterable[Any], columns: Mapping[str, str]) -> pd.DataFrame:
             for (name, kind), values in zip(columns.items(), transposed, strict=True)
         }
     )
+
+
+def datetimes(column: pd.Series[pd.Timestamp]) -> list[datetime | None]:
+    """Timestamps as the driver takes them one by one; NaT becomes None."""
+    moments: NDArray[np.object_] = column.dt.to_pydatetime().to_numpy(dtype=object)
+    return [None if moment is pd.NaT else moment for moment in moments]
 
 
 def _arguments(episodes: pd.DataFrame) -> dict[str, Any]:

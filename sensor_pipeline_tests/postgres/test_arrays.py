@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sensor_pipeline.postgres.arrays import array, datetimes, time_array
+from sensor_pipeline.postgres.arrays import array, time_array
 from sensor_pipeline.postgres.database import Database
+from sensor_pipeline.postgres.failure_rows import datetimes
 from sensor_pipeline.settings import Settings
 
 many = hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
