@@ -13,7 +13,7 @@ from sensor_pipeline.bench.processes import Ran
 from sensor_pipeline.bench.rounds import Effort, bare_copy, catch_up, prepare
 from sensor_pipeline.bench.site import Site
 from sensor_pipeline.bench.work import Work
-from sensor_pipeline.catch_up import CatchUp
+from sensor_pipeline.catch_up import CONNECTIONS_A_LANE, CatchUp
 
 
 def throughput(site: Site, effort: Effort) -> list[Measured]:
@@ -106,7 +106,9 @@ def sizes(site: Site, effort: Effort) -> list[Measured]:
 
 def _catch_up_here(site: Site, work: Work) -> float:
     with site.database() as fresh:
-        runner = CatchUp(Pipeline(replace(fresh, kafka_topics=(site.topic(work),))), lambda batch, written: None)
+        settings = replace(fresh, kafka_topics=(site.topic(work),))
+        pipeline = Pipeline(settings, connections_kept=CONNECTIONS_A_LANE * settings.lanes)
+        runner = CatchUp(pipeline, lambda batch, written: None)
         backlogs = runner.backlog()
         site.settle()
         began = time.perf_counter()

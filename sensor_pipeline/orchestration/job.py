@@ -1,5 +1,7 @@
 """The job `ingest_batch`: one batch, one run, in the steps of `sensor_pipeline.batch`."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -160,9 +162,12 @@ def ingest_batch() -> None:
 def build_job(settings: Settings) -> JobDefinition:
     """The job with these settings."""
 
-    def make_run(context: InitResourceContext) -> BatchRun:
+    def make_run(context: InitResourceContext) -> Iterator[BatchRun]:
         with failures_explained():
-            return BatchRun(config.to_batch(context.resource_config), Pipeline(settings))
+            # Its ops come one after the other.
+            run = BatchRun(config.to_batch(context.resource_config), Pipeline(settings, connections_kept=1))
+        with closing(run.pipeline):
+            yield run
 
     def make_io(context: InitResourceContext) -> BatchIO:
         return BatchIO(context.resources.batch)

@@ -32,7 +32,7 @@ _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 # A host that vanishes in the middle of a transaction keeps its locks until its connection is given up; the default
 # of most systems is two hours. Both ends are told: this one, and the server.
 _KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-_TCP_USER_TIMEOUT_MS = 60_000
+_UNANSWERED_SECONDS = 60
 _NOT_MIGRATED = {"42P01", "42703", "3F000", "42883"}
 # Another program's table in the way, a column of another type (so that the binary copy does not fit), a feature that
 # the version lacks.
@@ -66,22 +66,21 @@ _OTHERWISE = "look at the server's log"
 
 
 class Database:
-    """The settings' database. Every transaction has a connection of its own, closed after it.
-
-    To connect takes about 5 ms on either side, which is little for a batch. For who asks little and every few seconds,
-    without an end, it is most of the work.
+    """The settings' database.
 
     Args:
         settings: where it is, and the login.
-        kept: so many connections stay open for the next transaction; whether one is still there is asked before it.
+        kept: so many connections stay open for later transactions; whether one is still there is asked before it is
+            used again. To connect takes about 5 ms on either side, and a new session's first statements take longer.
+        unanswered_seconds: a connection whose other end has acknowledged nothing for so long is given up.
     """
 
-    def __init__(self, settings: Settings, *, kept: int = 0) -> None:
+    def __init__(self, settings: Settings, *, kept: int = 0, unanswered_seconds: int = _UNANSWERED_SECONDS) -> None:
         self.name = f"{settings.postgres_host}:{settings.postgres_port}/{settings.postgres_db}"
         self._user = settings.postgres_user
         self._tls = settings.postgres_tls
         self._server = (settings.postgres_host, settings.postgres_port)
-        tcp_user_timeout = _TCP_USER_TIMEOUT_MS if not kept else _CONNECT_SECONDS * 1000
+        tcp_user_timeout = unanswered_seconds * 1000
         self._engine = sa.create_engine(
             sa.URL.create(
                 "postgresql+psycopg2",
@@ -112,6 +111,15 @@ class Database:
         )
         if kept:
             replace_lost(self._engine, trusted_seconds=0)
+
+    @classmethod
+    def for_sensor(cls, settings: Settings) -> Database:
+        """For who asks every few seconds, without an end, and has to see soon that the server's host has vanished."""
+        return cls(settings, kept=1, unanswered_seconds=_CONNECT_SECONDS)
+
+    def close(self) -> None:
+        """Close the connections that are kept; the next transaction makes a new one."""
+        self._engine.dispose()
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:

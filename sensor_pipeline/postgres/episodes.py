@@ -130,13 +130,15 @@ def settle(
     matters = batch["has_failure"] | batch["ends"] | batch["first"] | machine.isin(late_machines)
     in_order = np.setdiff1d(machine.unique(), late_machines)
     active = read_failures(connection, _ACTIVE, machines=array(in_order))
-    spans = batch[machine.isin(late_machines)].groupby("machine")["timestamp"].agg(["min", "max"])
-    until = max((last_seen[m] for m in late_machines), default=None)
-    late_failures, late_readings = _late(connection, batch[is_late], spans, topic_ranks, until)
-    known = pd.concat([active, late_failures], ignore_index=True)
-    stored = pd.concat([_stand_ins(active), late_readings])
+    known, stored = active, _stand_ins(active)
+    if len(late_machines):
+        spans = batch[machine.isin(late_machines)].groupby("machine")["timestamp"].agg(["min", "max"])
+        until = max(last_seen[m] for m in late_machines)
+        late_failures, late_readings = _late(connection, batch[is_late], spans, topic_ranks, until)
+        known = pd.concat([active, late_failures], ignore_index=True)
+        stored = pd.concat([stored, late_readings])
     recomputed = recompute(batch[matters], stored)
-    return _store(connection, recomputed, known, late_readings)
+    return _store(connection, recomputed, known, stored)
 
 
 def _late(
@@ -144,15 +146,13 @@ def _late(
     late: pd.DataFrame,
     spans: pd.DataFrame,
     topic_ranks: Mapping[int, int],
-    until: datetime | None,
+    until: datetime,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The failures that a late machine's batch touches, and the stored readings that can matter (see `failures`).
 
     `spans` has the first and last timestamp in the batch of each machine with late readings: what comes after its
     last seen reading touches a failure too, the active one. No stored reading of theirs comes after `until`.
     """
-    if late.empty:
-        return failure_frame([]), _reading_frame([], topic_ranks)
     known = read_failures(
         connection,
         _TOUCHED,
@@ -173,7 +173,7 @@ def _late(
     return known, readings
 
 
-def _neighbours(connection: sa.Connection, where: Probes, known: pd.DataFrame, until: datetime | None) -> pd.DataFrame:
+def _neighbours(connection: sa.Connection, where: Probes, known: pd.DataFrame, until: datetime) -> pd.DataFrame:
     """All timestamps at which readings are to be read."""
     found = [where.at]
     # What comes before a reading is asked only inside of a failure.
@@ -205,6 +205,8 @@ def _store(connection: sa.Connection, recomputed: Recomputed, known: pd.DataFram
 def _repoint(connection: sa.Connection, recomputed: Recomputed, episodes: pd.DataFrame, readings: pd.DataFrame) -> None:
     """Let stored failing readings follow their failure: those read one by one, those between them by range."""
     of_stored = recomputed.stored_episode[recomputed.stored_episode.index >= 0]
+    if of_stored.empty:
+        return
     moved = readings.loc[of_stored.index, ["machine", "timestamp", "failure_id"]].assign(episode=of_stored)
     moved["new"] = moved["episode"].map(episodes["id"])
     moved = moved[moved["new"] != moved["failure_id"]]
