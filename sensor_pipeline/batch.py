@@ -92,22 +92,15 @@ class Pipeline:
 
     Args:
         settings: validated settings.
-        connections_kept: so many connections to PostgreSQL stay open from one transaction to the next, until `close`.
         sleep: how to wait between two tries of the write.
     """
 
-    def __init__(
-        self, settings: Settings, *, connections_kept: int = 0, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, settings: Settings, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.settings = settings
         self.kafka = Kafka(settings)
-        self.database = Database(settings, kept=connections_kept)
+        self.database = Database(settings)
         self._decoder = MessageDecoder(settings.max_future, settings.naive_timestamp_tz, settings.max_message_bytes)
         self._sleep = sleep
-
-    def close(self) -> None:
-        """Close what is kept open between two transactions."""
-        self.database.close()
 
     def run(self, batch: Batch) -> Written:
         """All four steps."""

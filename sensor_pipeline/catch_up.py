@@ -29,8 +29,6 @@ from sensor_pipeline.postgres.transaction import Written
 
 log = logging.getLogger(__name__)
 
-# To PostgreSQL: a lane drains, writes and commits at the same time.
-CONNECTIONS_A_LANE = 3
 # Of a lane: the one that is written, and the one that is drained.
 _BATCHES_HELD = 2
 # A lane's first batch is this many times smaller than its largest.

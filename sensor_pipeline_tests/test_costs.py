@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from types import FrameType
-from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import psycopg2
 import pytest
 import sqlalchemy as sa
 from confluent_kafka import Consumer
@@ -22,15 +20,11 @@ from sensor_pipeline.batch import Pipeline
 from sensor_pipeline.drained import FrameBuilder, Records
 from sensor_pipeline.failures import detect
 from sensor_pipeline.fleet import Fleet
-from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.messages import MessageDecoder
 from sensor_pipeline.offsets import Batch, OffsetRange
-from sensor_pipeline.orchestration.config import to_run_config
-from sensor_pipeline.orchestration.job import build_job
 from sensor_pipeline.postgres import copy
 from sensor_pipeline.publish import Publisher
 from sensor_pipeline.settings import Settings
-from sensor_pipeline_tests.postgres.tables import sessions, until
 from sensor_pipeline_tests.test_any_history import Log, message
 
 DECODER = MessageDecoder(timedelta(days=1), ZoneInfo("UTC"), 1_000_000)
@@ -170,42 +164,6 @@ def test_a_batch_takes_as_many_statements_and_connections_for_many_readings_as_f
     assert large.consumers <= 3
     beside = large.copied_bytes - sum(len(_values_of(value)) for value in values[4_000:])
     assert beside / 8_000 < MOST_BYTES_BESIDE_VALUES
-
-
-def test_batches_share_the_connections_that_are_kept_until_they_are_closed(
-    settings: Settings, cost_of: Callable[[Pipeline, Batch], Spent]
-) -> None:
-    name = settings.kafka_topics[0]
-    with Publisher(settings, name) as publisher:
-        for value in messages(400):
-            publisher.send(value)
-    with closing(Pipeline(settings, connections_kept=1)) as pipeline:
-        topic_id = pipeline.kafka.topic(name).kafka_topic_id
-        batches = [Batch(name, topic_id, (OffsetRange(p, 0, 100),)) for p in range(4)]
-        assert [cost_of(pipeline, batch).connections for batch in batches] == [1, 0, 0, 0]
-        assert len(sessions(settings)) == 1
-    until(lambda: not sessions(settings))
-
-
-def test_a_run_of_the_job_makes_one_connection_and_leaves_none(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = settings.kafka_topics[0]
-    with Publisher(settings, name) as publisher:
-        for value in messages(40):
-            publisher.send(value)
-    batch = Batch(name, Kafka(settings).topic(name).kafka_topic_id, (OffsetRange(0, 0, 10),))
-    connects = psycopg2.connect
-    made: list[str] = []
-
-    def connect(*arguments: str, **options: str) -> Any:
-        made.append(options["dbname"])
-        return connects(*arguments, **options)
-
-    monkeypatch.setattr(psycopg2, "connect", connect)
-    assert build_job(settings).execute_in_process(to_run_config(batch)).success
-    assert made == [settings.postgres_db]
-    until(lambda: not sessions(settings))
 
 
 def test_a_batch_of_many_machines_sends_its_arrays_whole_and_updates_the_machines_on_their_pages(

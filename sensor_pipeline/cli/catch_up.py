@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sensor_pipeline.batch import Pipeline
-from sensor_pipeline.catch_up import CONNECTIONS_A_LANE, CatchUp
+from sensor_pipeline.catch_up import CatchUp
 from sensor_pipeline.cli.environment import environment
 from sensor_pipeline.collector import spare_collector
 from sensor_pipeline.delivery import Delivered, Delivery
@@ -64,8 +64,7 @@ def command(lanes: int | None) -> None:
                 seconds = progress.tasks[0].elapsed or 0
                 progress.update(task, rate=f"{totals['inserted'] / seconds:,.0f} readings/s" if seconds else "")
 
-        pipeline = Pipeline(settings, connections_kept=CONNECTIONS_A_LANE * settings.lanes)
-        catch_up = CatchUp(pipeline, count)
+        catch_up = CatchUp(Pipeline(settings), count)
         backlogs = catch_up.backlog()
         progress.update(task, total=sum(backlog.lag for backlog in backlogs))
         try:

@@ -1,7 +1,5 @@
 """The job `ingest_batch`: one batch, one run, in the steps of `sensor_pipeline.batch`."""
 
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -162,12 +160,9 @@ def ingest_batch() -> None:
 def build_job(settings: Settings) -> JobDefinition:
     """The job with these settings."""
 
-    def make_run(context: InitResourceContext) -> Iterator[BatchRun]:
+    def make_run(context: InitResourceContext) -> BatchRun:
         with failures_explained():
-            # Its ops come one after the other.
-            run = BatchRun(config.to_batch(context.resource_config), Pipeline(settings, connections_kept=1))
-        with closing(run.pipeline):
-            yield run
+            return BatchRun(config.to_batch(context.resource_config), Pipeline(settings))
 
     def make_io(context: InitResourceContext) -> BatchIO:
         return BatchIO(context.resources.batch)

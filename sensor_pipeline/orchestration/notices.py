@@ -47,7 +47,7 @@ _RUNS_AT_ONCE = 50
 
 def build_notice_sensor(settings: Settings) -> SensorDefinition:
     """`notice_sensor` with these settings: delivers what is in the outbox; on from the start."""
-    database = Database.for_sensor(settings)
+    database = Database(settings, kept=1)
     webhook = Webhook(settings.alert_webhook_url) if settings.alert_webhook_url else None
     next_delete = -math.inf
 
@@ -74,7 +74,7 @@ def build_run_notice_sensor(settings: Settings, job: JobDefinition) -> SensorDef
     It has a cursor of its own over the failed runs. Dagster's own run status sensors move theirs on when they fail, so
     that what PostgreSQL could not take at that moment would be lost; this one's stays, and the next tick tries again.
     """
-    database = Database.for_sensor(settings)
+    database = Database(settings, kept=1)
     kafka = Kafka(settings, timeout=_KAFKA_SECONDS)
 
     @sensor(

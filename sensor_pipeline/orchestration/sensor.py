@@ -66,7 +66,7 @@ class Runs:
 def build_sensor(settings: Settings, job: JobDefinition) -> SensorDefinition:
     """The sensor with these settings; it is on from the start."""
     kafka = Kafka(settings, timeout=_KAFKA_SECONDS)
-    database = Database.for_sensor(settings)
+    database = Database(settings, kept=1)
     mirror = MirrorWatch(kafka)
 
     @sensor(

@@ -43,7 +43,7 @@ def eventful_topic(settings: Settings) -> Publisher:
 @pytest.mark.parametrize(("batch_size", "lanes"), [(250_000, 1), (7, 3), (11, 8)])
 def test_any_batch_size_and_lanes_give_the_same_rows(settings: Settings, batch_size: int, lanes: int) -> None:
     publisher = eventful_topic(settings)
-    pipeline = Pipeline(replace(settings, batch_size=batch_size, lanes=lanes), connections_kept=lanes)
+    pipeline = Pipeline(replace(settings, batch_size=batch_size, lanes=lanes))
 
     batches = catch_up(pipeline)
 

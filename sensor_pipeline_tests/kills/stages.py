@@ -13,7 +13,7 @@ import pandas as pd
 from sqlalchemy.engine.default import DefaultDialect
 
 from sensor_pipeline.batch import Pipeline
-from sensor_pipeline.catch_up import CONNECTIONS_A_LANE, CatchUp
+from sensor_pipeline.catch_up import CatchUp
 from sensor_pipeline.drained import Drained
 from sensor_pipeline.offsets import Batch
 from sensor_pipeline.postgres import transaction
@@ -44,7 +44,7 @@ def catch_up(settings: Settings, shown: MutableSequence[int]) -> None:
 
 class StagedPipeline(Pipeline):
     def __init__(self, settings: Settings, shown: MutableSequence[int]) -> None:
-        super().__init__(settings, connections_kept=CONNECTIONS_A_LANE * settings.lanes)
+        super().__init__(settings)
         self._shown = shown
         self._places = iter(range(len(shown)))
         commit, make_days = DefaultDialect.do_commit, transaction.ensure_days

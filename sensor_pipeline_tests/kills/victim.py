@@ -22,7 +22,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from sensor_pipeline import replay as replay_module
 from sensor_pipeline.batch import Pipeline
-from sensor_pipeline.catch_up import CONNECTIONS_A_LANE, CatchUp
+from sensor_pipeline.catch_up import CatchUp
 from sensor_pipeline.drained import Drained, Records
 from sensor_pipeline.kafka import Kafka
 from sensor_pipeline.kafka import drain as drain_module
@@ -160,7 +160,7 @@ class WatchedPipeline(Pipeline):
 
     def __init__(self, settings: Settings, points: Points) -> None:
         settings = replace(settings, kafka_client={**settings.kafka_client, "debug": "protocol"})
-        super().__init__(settings, connections_kept=CONNECTIONS_A_LANE * settings.lanes)
+        super().__init__(settings)
         self.kafka = WatchedKafka(settings, points)
         self._points = points
         drain_module._CHUNK_MESSAGES = CHUNK_MESSAGES

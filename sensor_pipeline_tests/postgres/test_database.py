@@ -668,6 +668,19 @@ def test_a_kept_connection_that_was_lost_is_replaced_unnoticed(database_settings
     assert backend(kept) != lost
 
 
+def test_what_was_mended_for_the_whole_database_is_seen_by_the_next_try_on_a_kept_connection(
+    database_settings: Settings, administer: Callable[[str], None]
+) -> None:
+    name = database_settings.postgres_db
+    administer(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    kept = Database(database_settings, kept=1)
+    with pytest.raises(UnavailableError, match="25006"), kept.begin() as connection:
+        connection.execute(sa.text("DELETE FROM topics"))
+    administer(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    with kept.begin() as connection:
+        connection.execute(sa.text("DELETE FROM topics"))
+
+
 def test_a_transaction_that_failed_leaves_nothing_behind_on_a_kept_connection(database_settings: Settings) -> None:
     kept = Database(database_settings, kept=1)
     with pytest.raises(DataError), kept.begin() as connection:

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -139,9 +139,8 @@ def ingest_through(server: TrialServer, log: Log, interrupt: Interrupt, stop: st
         until(lambda: answers(settings))
         seen.append(every_row(settings))
 
-    # As a run has it: what is kept from the step before is lost as well.
-    log.pipeline = Pipeline(settings, connections_kept=1, sleep=sleep)
-    with closing(log.pipeline), ThreadPoolExecutor() as pool:
+    log.pipeline._sleep = sleep
+    with ThreadPoolExecutor() as pool:
         with held(settings, STOPS[stop]):
             run = pool.submit(log.ingest, list(batch_of(log).ranges))
             until(lambda: run.done() or sessions(settings, waiting=True))
