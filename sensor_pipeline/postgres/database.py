@@ -73,7 +73,8 @@ class Database:
 
     Args:
         settings: where it is, and the login.
-        kept: so many connections stay open for the next transaction; whether one is still there is asked before it.
+        kept: so many connections stay open for the next transaction; whether one is still there is asked before it, and
+            one on which something failed is not used again.
     """
 
     def __init__(self, settings: Settings, *, kept: int = 0) -> None:
